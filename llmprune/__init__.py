@@ -1,0 +1,31 @@
+"""llmprune: post-training pruning of language models, streamed block by block.
+
+    import llmprune
+
+    result = llmprune.prune("llama", method="wanda", sparsity=0.5, output="llama-sparse")
+
+Importing this package is cheap: torch and transformers are loaded when a function first needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .errors import LLMPruneError
+    from .pruning import Result, prune
+    from .recipe import Recipe
+
+__all__ = ["LLMPruneError", "Recipe", "Result", "__version__", "prune"]
+
+_HOMES = {"LLMPruneError": "errors", "Recipe": "recipe", "Result": "pruning", "prune": "pruning"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

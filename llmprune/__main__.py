@@ -1,0 +1,5 @@
+"""`python -m llmprune`, also under torchrun and accelerate launch."""
+
+from .cli import main
+
+main()

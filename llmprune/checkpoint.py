@@ -1,0 +1,254 @@
+"""A checkpoint on disk: tensors are read lazily by name, shards are written whole or not at all.
+
+Reading goes through plain `read` calls and not through a memory map, so that an I/O error or a file cut short
+while we run is an exception with a name in it and not a SIGBUS, and so that a prefetched block really is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import LLMPruneError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Weights in formats that execute code when read, and what each is called.
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.nbytes // self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a safetensors checkpoint, by name. Opening one reads headers only."""
+
+    def __init__(self, directory: Path, entries: dict[str, Entry]) -> None:
+        self.directory = directory
+        self.entries = entries
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Index every tensor below a Hugging Face model directory.
+
+        Raises:
+            LLMPruneError: no safetensors there (pickle-only checkpoints are refused), a shard named by the index is
+                missing, or a file is truncated or corrupt.
+        """
+        entries: dict[str, Entry] = {}
+        for file in _weight_files(directory):
+            entries.update(read_header(file))
+        return cls(directory, entries)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype, in memory of its own.
+
+        Raises:
+            LLMPruneError: the file became shorter than its header says.
+        """
+        entry = self.entries[name]
+        storage = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = memoryview(storage.numpy())
+        # Unbuffered: each readinto goes straight into the tensor's memory.
+        with open(entry.file, "rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            done = 0
+            while done < entry.nbytes:
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise LLMPruneError(
+                        f"{entry.file} ends in the middle of tensor {name!r}: download or copy the file again."
+                    )
+                done += count
+        return storage.view(entry.dtype).view(entry.shape)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what identifies these weights: every header, file size and a sample of the content.
+
+        Reading tens of gigabytes before starting would cost minutes; 64 KiB from the ends and the middle of every
+        file tell two checkpoints apart in practice.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with open(file, "rb") as stream:
+                (header,) = struct.unpack("<Q", stream.read(8))
+                digest.update(stream.read(header))
+                for start in (8 + header, size // 2, max(size - 65536, 0)):
+                    stream.seek(start)
+                    digest.update(stream.read(65536))
+        return digest.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LLMPruneError(
+                f"{index} is not a valid safetensors index ({error!r}): download it again."
+            ) from error
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise LLMPruneError(
+                f"{directory} lacks {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}, which its index "
+                "names: download the missing shards."
+            )
+        return [directory / name for name in names]
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if any(next(directory.glob(pattern), None) for pattern in PICKLED):
+        raise LLMPruneError(
+            f"{directory} holds its weights only as pickle files, which can run code when they are read: convert it "
+            "where you trust it, with AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)."
+        )
+    raise LLMPruneError(
+        f"{directory} holds no {WEIGHTS} and no {INDEX}: give a Hugging Face model directory with safetensors weights."
+    )
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        LLMPruneError: the file is truncated, corrupt, or holds a dtype we cannot read.
+    """
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(stream.read(length))
+        entries = {}
+        end = 0
+        for name, info in header.items():
+            if name == "__metadata__":
+                continue
+            if info["dtype"] not in DTYPES:
+                raise LLMPruneError(
+                    f"{file} stores {name!r} as {info['dtype']}, which llmprune cannot read: give a checkpoint in "
+                    "float32, float16 or bfloat16."
+                )
+            begin, stop = info["data_offsets"]
+            entry = Entry(
+                file, 8 + length + begin, stop - begin, DTYPES[info["dtype"]], tuple(info["shape"])
+            )
+            if entry.nbytes != entry.dtype.itemsize * _product(entry.shape):
+                raise ValueError(f"{name!r} does not fill its shape")
+            entries[name] = entry
+            end = max(end, stop)
+    except LLMPruneError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise LLMPruneError(
+            f"{file} is truncated or corrupt ({error}): download or copy the file again."
+        ) from error
+    if 8 + length + end != size:
+        raise LLMPruneError(
+            f"{file} is {size} bytes long but its header describes {8 + length + end}: it is truncated or corrupt, "
+            "download or copy it again."
+        )
+    return entries
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def write_shard(file: Path, tensors: dict[str, Tensor]) -> str:
+    """Write one safetensors file so that it is either complete and on the disk, or absent.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        digest = sync_and_hash(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(file.parent)
+    return digest
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file atomically and durably."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(file.parent)
+
+
+def sync_and_hash(file: Path) -> str:
+    """Flush a file to the disk and return the SHA-256 of its bytes."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

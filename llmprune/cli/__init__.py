@@ -1,0 +1,55 @@
+"""The command line: one file per command. Nothing here imports torch or transformers until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import LLMPruneError
+from . import env, methods, models, plan, prune
+
+app = typer.Typer(
+    name="llmprune",
+    help="Post-training pruning of language models, streamed block by block.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .._version import __version__
+
+        typer.echo(f"llmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("prune", help="Prune a model and write it to a directory that transformers loads.")(prune.command)
+app.command("plan", help="Predict what `prune` with the same options will cost, before anything heavy is loaded.")(
+    plan.command
+)
+app.command("models", help="List the aliases and the supported architectures.")(models.command)
+app.command("methods", help="List the pruning methods.")(methods.command)
+app.command("env", help="Show versions and devices, for bug reports.")(env.command)
+
+
+def main() -> None:
+    """Entry point. Bad input is one sentence on stderr and exit code 2; defects keep their traceback."""
+    try:
+        app()
+    except LLMPruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,48 @@
+"""`llmprune prune`: make a sparse model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from ..recipe import Recipe
+from .options import takes_recipe
+
+
+@takes_recipe
+def command(
+    *,
+    recipe: Recipe,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the run's record as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    silent = quiet or as_json
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        from ..pruning import run
+
+        result = run(
+            recipe, say=(lambda line: None) if silent else lambda line: print(line, flush=True), quiet=silent
+        )
+    except KeyboardInterrupt:
+        again = shlex.join([arg for arg in sys.argv[1:] if arg != "--overwrite"])
+        print(
+            f"\nInterrupted: the block in work was dropped, finished blocks are kept. To go on: llmprune {again}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"output": str(result.directory), **result.record}, indent=2))
+    elif not quiet:
+        from ..report import show
+
+        show(result)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

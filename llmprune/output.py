@@ -1,0 +1,379 @@
+"""The output directory: finished shards are the state of a run.
+
+    OUT/model-00001-of-00031.safetensors ...   each written to a temporary name, synced, renamed
+    OUT/.llmprune/journal.jsonl                one line per finished step, synced after the step's files are
+    OUT/.llmprune/lock                         held (flock) by the running process; the kernel frees it if that dies
+    OUT/config.json, index, tokenizer, ...     written at the end, so that nothing unfinished loads as a model
+    OUT/llmprune.json                          the record; written last, it says the directory is complete
+
+A run with the same identity (recipe, model, data, versions) continues after the last journaled step. A run with another
+identity is refused and told what differs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from torch import Tensor
+
+from .checkpoint import INDEX, Checkpoint, Entry, read_header, sync_directory, write_shard, write_text
+from .errors import LLMPruneError
+
+RECORD = "llmprune.json"
+RECIPE = "recipe.yaml"
+STATE = ".llmprune"
+SHARD_BYTES = 5 * 10**9
+# What makes a checkpoint usable besides its weights. Code is copied only with a model that needs it.
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "preprocessor_config.json",
+)
+
+Facts = Mapping[str, object]
+
+
+class Journal:
+    """An append-only list of finished steps. A step names its files and carries facts of its own.
+
+    Args:
+        file: the journal's path.
+        identity: what must be the same for a run to continue, by name.
+
+    Raises:
+        LLMPruneError: the journal belongs to a run with another identity, or is damaged before its last line.
+    """
+
+    def __init__(self, file: Path, identity: Mapping[str, str]) -> None:
+        self.file = file
+        self.steps: dict[str, dict[str, object]] = {}
+        if file.exists():
+            for number, step in enumerate(self._read_lines()):
+                if number == 0:
+                    check_identity(step, identity, file.parent.parent)
+                else:
+                    self.steps[str(step["step"])] = step
+        else:
+            self._append({"identity": dict(identity)}, fresh=True)
+
+    def _read_lines(self) -> list[dict[str, object]]:
+        lines = self.file.read_text().splitlines(keepends=True)
+        parsed: list[dict[str, object]] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                parsed.append(json.loads(line))
+                whole = line.endswith("\n")
+            except ValueError:
+                whole = False
+            if not whole:
+                if number < len(lines) or number == 1:
+                    raise LLMPruneError(
+                        f"{self.file} is damaged in line {number}: pass --overwrite to start afresh."
+                    )
+                # A crash cut the last line short: that step is not finished.
+                del parsed[number - 1 :]
+                write_text(self.file, "".join(lines[:-1]))
+        if not parsed:
+            raise LLMPruneError(f"{self.file} is empty: pass --overwrite to start afresh.")
+        return parsed
+
+    def _append(self, line: Facts, *, fresh: bool = False) -> None:
+        text = json.dumps(line) + "\n"
+        if fresh:
+            write_text(self.file, text)
+            return
+        with open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def record(self, step: str, files: Mapping[str, str], facts: Facts) -> None:
+        """Say that a step and the files it wrote (name to SHA-256) are finished and on the disk."""
+        entry: dict[str, object] = {"step": step, "files": dict(files), "facts": dict(facts)}
+        self._append(entry)
+        self.steps[step] = entry
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of every file of every finished step."""
+        merged: dict[str, str] = {}
+        for step in self.steps.values():
+            merged.update(step["files"])  # type: ignore[call-overload]
+        return merged
+
+    def facts(self, step: str) -> dict[str, object]:
+        return dict(self.steps[step]["facts"])  # type: ignore[call-overload]
+
+
+def check_identity(found: Mapping[str, object], wanted: Mapping[str, str], directory: Path) -> None:
+    """Raise `LLMPruneError` naming what differs between a directory's run and this one."""
+    have = found.get("identity")
+    if not isinstance(have, dict):
+        raise LLMPruneError(
+            f"{directory} was written by another version of llmprune: pass --overwrite to start afresh or give "
+            "another --output."
+        )
+    changed = [key for key in wanted if have.get(key) != wanted[key]]
+    if changed:
+        shown = ", ".join(f"{key} was {have.get(key)}, is {wanted[key]}" for key in changed[:4])
+        raise LLMPruneError(
+            f"{directory} holds a run of another kind ({shown}): pass --overwrite to start afresh or give another "
+            "--output."
+        )
+
+
+class Output:
+    """A pruned checkpoint being written.
+
+    Args:
+        directory: where to.
+        checkpoint: the source checkpoint.
+        blocks: names of each block's tensors.
+        outer: names of the tensors outside the blocks; they are copied as they are.
+        identity: see `Journal`.
+        overwrite: start afresh whatever is there.
+
+    Raises:
+        LLMPruneError: the directory holds something else, is the input, is not writable, or another process holds it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        blocks: Sequence[Sequence[str]],
+        outer: Sequence[str],
+        identity: Mapping[str, str],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.directory, self.checkpoint, self.identity = directory, checkpoint, dict(identity)
+        self._lock: TextIO | None = None
+        groups = [_split(names, checkpoint.entries) for names in (outer, *blocks)]
+        total = sum(len(group) for group in groups)
+        self._shards: list[list[tuple[str, list[str]]]] = []
+        number = 0
+        for group in groups:
+            self._shards.append([])
+            for names in group:
+                number += 1
+                self._shards[-1].append((f"model-{number:05}-of-{total:05}.safetensors", names))
+        self.complete = False
+        self._prepare(overwrite)
+
+    def _prepare(self, overwrite: bool) -> None:
+        directory = self.directory
+        check_directory(directory, self.checkpoint.directory, overwrite=overwrite)
+        (directory / STATE).mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if overwrite:
+            self._clear()
+        if (directory / RECORD).exists():
+            check_identity(self.read_record(), self.identity, directory)
+            self.complete = True
+            return
+        self.journal = Journal(directory / STATE / "journal.jsonl", self.identity)
+        self._check_finished_files()
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.directory / STATE / "lock", "a+")  # noqa: SIM115 - held for the whole run
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise LLMPruneError(
+                f"{self.directory} is in use by another llmprune run (process {holder}): wait for it, or give another "
+                "--output."
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _clear(self) -> None:
+        """Remove an earlier model: its weights, index and our own files. Other files stay."""
+        (self.directory / RECORD).unlink(missing_ok=True)
+        for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin*", ".*.tmp"):
+            for file in self.directory.glob(pattern):
+                file.unlink()
+        (self.directory / STATE / "journal.jsonl").unlink(missing_ok=True)
+
+    def _check_finished_files(self) -> None:
+        for file, digest in self.journal.files().items():
+            path = self.directory / file
+            if not path.is_file():
+                raise LLMPruneError(
+                    f"{path}, which the interrupted run had finished, is missing: put it back, or pass --overwrite to "
+                    "start afresh."
+                )
+            with open(path, "rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                    raise LLMPruneError(
+                        f"{path} is not what the interrupted run had written (truncated or changed): pass --overwrite "
+                        "to start afresh."
+                    )
+
+    @property
+    def finished_blocks(self) -> int:
+        """How many blocks, from the first, are finished."""
+        count = 0
+        while f"block {count}" in self.journal.steps:
+            count += 1
+        return count
+
+    def check_space(self) -> None:
+        """Raise `LLMPruneError` if what remains to be written does not fit on the disk."""
+        done = set(self.journal.files())
+        needed = sum(
+            self.checkpoint.entries[name].nbytes
+            for group in self._shards
+            for file, names in group
+            if file not in done
+            for name in names
+        )
+        needed += 64 << 20
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise LLMPruneError(
+                f"{self.directory} has {free / 1e9:.2f} GB free and the pruned model needs {needed / 1e9:.2f} GB: make "
+                "room, or give an --output on another disk."
+            )
+
+    def write_outer(self) -> None:
+        """Copy everything outside the blocks, one shard's worth in memory at a time."""
+        if "outer" in self.journal.steps:
+            return
+        files = {}
+        for file, names in self._shards[0]:
+            files[file] = write_shard(
+                self.directory / file, {name: self.checkpoint.read(name) for name in names}
+            )
+        self.journal.record("outer", files, {})
+
+    def write_block(self, index: int, tensors: Mapping[str, Tensor], facts: Facts) -> None:
+        """Write a finished block's shards, then say so in the journal."""
+        files = {}
+        for file, names in self._shards[index + 1]:
+            files[file] = write_shard(
+                self.directory / file, {name: tensors[name].contiguous() for name in names}
+            )
+        self.journal.record(f"block {index}", files, facts)
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """A finished block's tensors by checkpoint name."""
+        tensors: dict[str, Tensor] = {}
+        for file, _ in self._shards[index + 1]:
+            path = self.directory / file
+            shard = Checkpoint(self.directory, read_header(path))
+            tensors.update({name: shard.read(name) for name in shard.entries})
+        return tensors
+
+    def read_record(self) -> dict[str, object]:
+        """The content of llmprune.json."""
+        file = self.directory / RECORD
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise LLMPruneError(
+                f"{file} is damaged ({error}): pass --overwrite to start afresh."
+            ) from error
+
+    def as_checkpoint(self) -> Checkpoint:
+        """What has been written so far, as a checkpoint."""
+        entries: dict[str, Entry] = {}
+        for file in self.journal.files():
+            entries.update(read_header(self.directory / file))
+        return Checkpoint(self.directory, entries)
+
+    def linears(self) -> dict[str, dict[str, object]]:
+        """Facts of every pruned linear, from the journal."""
+        merged: dict[str, dict[str, object]] = {}
+        for index in range(len(self._shards) - 1):
+            merged.update(self.journal.facts(f"block {index}"))  # type: ignore[arg-type]
+        return merged
+
+    def finish(self, recipe: str, record: Facts) -> None:
+        """Make the directory a model: configuration, tokenizer, index, recipe, and last the record."""
+        source = self.checkpoint.directory
+        patterns = (*COPIED, "*.py") if _needs_code(source) else COPIED
+        for pattern in patterns:
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, self.directory / file.name)
+        weight_map = {name: file for group in self._shards for file, names in group for name in names}
+        total = sum(self.checkpoint.entries[name].nbytes for name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(self.directory / RECIPE, recipe)
+        write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+        full = {"identity": self.identity, "shards": self.journal.files(), **record}
+        write_text(self.directory / RECORD, json.dumps(full, indent=2) + "\n")
+        self.complete = True
+        self.release()
+
+    def release(self) -> None:
+        """Free the directory; a finished one loses its journal."""
+        if self.complete:
+            shutil.rmtree(self.directory / STATE, ignore_errors=True)
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+        sync_directory(self.directory)
+
+
+def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory that is the input, is not writable, or holds something that is not ours.
+
+    Nothing is created or changed. Raises `LLMPruneError`.
+    """
+    if directory.resolve() == source.resolve():
+        raise LLMPruneError(
+            f"--output {directory} is the input model itself: give another directory, pruning never overwrites its "
+            "source."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise LLMPruneError(f"--output {directory} is a file: give a directory.")
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise LLMPruneError(f"Cannot write to {parent}: give an --output where you may write.")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        if not (directory / STATE).is_dir() and not (directory / RECORD).is_file():
+            raise LLMPruneError(
+                f"{directory} exists and holds other files: give another --output, or pass --overwrite to replace the "
+                "model in it."
+            )
+
+
+def _split(names: Sequence[str], entries: Mapping[str, Entry]) -> list[list[str]]:
+    """Cut a list of tensors into shards of at most `SHARD_BYTES` (one larger tensor is a shard of its own)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        nbytes = entries[name].nbytes
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards if shards[0] else []
+
+
+def _needs_code(directory: Path) -> bool:
+    return bool(json.loads((directory / "config.json").read_text()).get("auto_map"))

@@ -1,0 +1,114 @@
+"""What a run will cost, predicted from shapes alone: memory, forwards, FLOPs, time and bytes on disk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .pruning import Prepared
+from .statistics import Hessian
+
+# Python, torch and transformers before any tensor, measured with `python -m llmprune env` on Linux.
+BASELINE_BYTES = 450 << 20
+# Matrix products reach this share of the probe's rate in a real block: norms, softmax and attention move bytes too.
+EFFICIENCY = 0.7
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions. Bytes, floating point operations and seconds; a forward is the whole calibration set through all blocks."""
+
+    peak_memory_bytes: int
+    memory_parts: dict[str, int]
+    forwards: float
+    flops: float
+    seconds: float
+    disk_bytes: int
+
+
+def make_plan(ready: Prepared) -> Plan:
+    """Predict a run from its settled recipe and the checkpoint's headers."""
+    recipe, skeleton = ready.recipe, ready.skeleton
+    tokens = (recipe.samples or 0) * (recipe.seqlen or 0) if ready.method.STATISTIC else 0
+    forwards = count_forwards(ready)
+    linear_flops = 2 * skeleton.prunable_parameters()
+    attention_flops = 2 * (recipe.seqlen or 0) * skeleton.hidden_size * len(skeleton.blocks)
+    flops = forwards * tokens * (linear_flops + attention_flops)
+    if ready.method.STATISTIC is Hessian:
+        flops += sum(tokens * features**2 * 1.3 for features in _inputs(ready))
+        flops += sum(features**3 * 4 / 3 for features in _inputs(ready))
+        flops += sum(linear.shape[0] * linear.shape[1] ** 2 for linear in skeleton.all_linears())
+    parts = memory_parts(ready)
+    disk = skeleton.checkpoint.nbytes
+    overhead = disk / 1e9 + 3e-9 * 8 * skeleton.prunable_parameters()
+    return Plan(
+        sum(parts.values()), parts, forwards, flops, flops / (probe_flops() * EFFICIENCY) + overhead, disk
+    )
+
+
+def count_forwards(ready: Prepared) -> float:
+    """Forwards of the calibration set through all blocks, in units of one dense forward."""
+    recipe, skeleton = ready.recipe, ready.skeleton
+    if ready.method.STATISTIC is None:
+        return 0.0
+    if recipe.sequential == "sublayer" or recipe.propagate == "dense":
+        return 1.0
+    # The observing pass stops before the last linear, and the last block's output is not needed.
+    last = skeleton.linears[0][-1].numel / sum(linear.numel for linear in skeleton.linears[0])
+    return 2 - last - 1 / len(skeleton.blocks)
+
+
+def memory_parts(ready: Prepared) -> dict[str, int]:
+    """Predicted peak resident memory on the computing device and the host together, by cause, in bytes."""
+    recipe, skeleton = ready.recipe, ready.skeleton
+    width = skeleton.dtype.itemsize
+    blocks = range(len(skeleton.blocks))
+    stored = max(sum(entry.nbytes for entry in skeleton.block_entries(i).values()) for i in blocks)
+    numel = max(sum(entry.numel for entry in skeleton.block_entries(i).values()) for i in blocks)
+    largest = max(linear.numel for linear in skeleton.all_linears())
+    converted = 0 if next(iter(skeleton.block_entries(0).values())).dtype == skeleton.dtype else numel * width
+    parts = {
+        "python, torch, transformers": BASELINE_BYTES,
+        # One block computing, one being read, one being written.
+        "weights": 3 * stored + converted,
+        # Scores, their partition and the keep mask of the largest matrix.
+        "scores": largest * (4 + 4 + 1),
+    }
+    outer = sum(skeleton.checkpoint.entries[name].numel for name in skeleton.outer_tensors()) * width
+    parts["embedding"] = max(outer - sum(parts.values()) + BASELINE_BYTES, 0)
+    if ready.method.STATISTIC:
+        assert recipe.samples and recipe.seqlen and recipe.micro_batch
+        tokens = recipe.samples * recipe.seqlen
+        batch = recipe.micro_batch * recipe.seqlen
+        if not recipe.offload_activations:
+            parts["activations"] = tokens * skeleton.hidden_size * width
+        widest = sum(linear.shape[0] for linear in skeleton.linears[0])
+        live = tokens if recipe.sequential == "sublayer" and recipe.propagate == "pruned" else batch
+        parts["one forward"] = 2 * live * (widest + 4 * skeleton.hidden_size) * width
+        parts["statistics"] = 3 * sum(
+            ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0)
+        )
+    return parts
+
+
+def _inputs(ready: Prepared, block: int | None = None) -> list[int]:
+    """Widths of the distinct inputs of the linears: q, k, v read one tensor, gate and up another."""
+    shared = {"k": "q", "v": "q", "up": "gate"}
+    found = []
+    for linears in ready.skeleton.linears if block is None else [ready.skeleton.linears[block]]:
+        roles = {linear.role for linear in linears}
+        found += [linear.shape[1] for linear in linears if shared.get(linear.role) not in roles]
+    return found
+
+
+def probe_flops() -> float:
+    """This machine's rate for float32 matrix products of a typical size, in FLOP/s: a tenth of a second's work."""
+    left, right = torch.randn(512, 1024), torch.randn(1024, 1024)
+    left @ right
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        left @ right
+        count += 1
+    return 2 * 512 * 1024 * 1024 * count / (time.perf_counter() - start)

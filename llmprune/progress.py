@@ -1,0 +1,39 @@
+"""Progress bars: on a terminal, by the first rank, unless asked to be quiet."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar with count, elapsed and remaining time. Yields a function to call after each finished item."""
+    hidden = quiet or not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0
+    if hidden:
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda name: progress.advance(task)

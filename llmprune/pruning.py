@@ -1,0 +1,314 @@
+"""A pruning run from recipe to directory: resolve, check, calibrate, prune, write, evaluate, record."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from . import __version__, calibration, methods, settings
+from .calibration import TokenSet
+from .errors import LLMPruneError
+from .evaluate import perplexity
+from .methods import Method
+from .models import Skeleton, Source, load_tokenizer, resolve
+from .output import Output, check_directory
+from .progress import bar
+from .ranks import Ranks, launch
+from .recipe import DECISIVE, Recipe, from_options, parse_nm
+from .stream import Stream
+
+# Windows of the evaluation text on a CPU, where a whole test set takes an hour; the gold protocol's number.
+CPU_WINDOWS = 32
+COVERAGE_WARNING = 0.5
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no weights."""
+
+    recipe: Recipe
+    reasons: dict[str, str]
+    source: Source
+    skeleton: Skeleton
+    method: Method
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where the model is, and its record (the content of llmprune.json)."""
+
+    directory: Path
+    record: dict[str, object]
+
+
+def prune(model: str, *, progress: bool = False, **options: object) -> Result:
+    """Prune a model and write it to a directory that transformers loads.
+
+        result = llmprune.prune("llama", method="wanda", sparsity=0.5, output="llama-sparse")
+
+    Args:
+        model: directory, Hub id, GGUF file or alias.
+        progress: show bars and say what happens.
+        options: the fields of `Recipe`, by name.
+
+    Raises:
+        LLMPruneError: bad input; nothing half-written looks whole.
+    """
+    recipe = from_options({"model": model, **options})
+    return run(recipe, say=print if progress else lambda line: None, quiet=not progress)
+
+
+def prepare(recipe: Recipe, say: Say) -> Prepared:
+    """Resolve the model and check everything that can be checked from headers.
+
+    Raises:
+        LLMPruneError: see the individual steps; also an N:M pattern whose M does not divide a dimension.
+    """
+    method = methods.load(recipe.method)
+    device, why_device = settings.choose_device(recipe)
+    source = resolve(recipe.model, revision=recipe.revision)
+    say(f"{recipe.model} is {source.how}.")
+    skeleton = Skeleton(source.directory, device=device, trust_remote_code=recipe.trust_remote_code)
+    stored = next(iter(skeleton.block_entries(0).values())).dtype
+    dtype, why_dtype = settings.choose_dtype(recipe, device, stored)
+    skeleton.set_dtype(getattr(torch, dtype))
+    reasons = {}
+    if recipe.device is None:
+        reasons["device"] = why_device
+    if recipe.dtype is None:
+        reasons["dtype"] = why_dtype
+    recipe = recipe.model_copy(update={"device": device, "dtype": dtype})
+    if nm := parse_nm(recipe.pattern):
+        for linear in skeleton.all_linears():
+            if linear.shape[1] % nm[1]:
+                raise LLMPruneError(
+                    f"Pattern {recipe.pattern} does not fit {linear.name!r}: its {linear.shape[1]} inputs do not divide "
+                    f"into groups of {nm[1]}; use another M."
+                )
+    recipe, settled = settings.settle(recipe, skeleton, method)
+    coverage = skeleton.prunable_parameters() / skeleton.decoder_parameters()
+    return Prepared(recipe, reasons | settled, source, skeleton, method, coverage)
+
+
+def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
+    """Carry out a recipe. `say` gets a line at a time for people; `quiet` hides progress bars."""
+    started = time.time()
+    ranks = launch(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not ranks.is_main:
+        say = _silence
+    ready = prepare(recipe, say)
+    recipe, skeleton = ready.recipe, ready.skeleton
+    for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch"):
+        if key in ready.reasons:
+            say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
+    say(coverage_line(ready))
+
+    directory = check_run(ready)
+    evaluation = _evaluation_set(ready) if recipe.evaluate else None
+    tokens = _calibration_set(ready, quiet) if ready.method.STATISTIC else None
+    if tokens:
+        say(f"calibration: {tokens.source}: {tokens.note}")
+    identity = _identity(ready, tokens)
+    output = Output(
+        directory,
+        skeleton.checkpoint,
+        [[skeleton.stored_names[name] for name in skeleton.block_parameters(i)] for i in range(len(skeleton.blocks))],
+        skeleton.outer_tensors(),
+        identity,
+        overwrite=recipe.overwrite,
+    )
+    try:
+        if output.complete:
+            say(f"{directory} already holds this run's finished result; nothing to do.")
+            return Result(directory, output.read_record())
+        record = _stream_blocks(ready, output, tokens, ranks, say, quiet)
+        gc.collect()
+        if evaluation:
+            record["perplexity"] = _evaluate(ready, output, evaluation, quiet)
+        record["seconds"] = round(time.time() - started, 1)
+        record["peak_rss_bytes"] = peak_rss()
+        output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
+        return Result(directory, output.read_record())
+    finally:
+        output.release()
+
+
+def check_run(ready: Prepared) -> Path:
+    """The output directory, if this run may write there. Creates nothing."""
+    directory = ready.recipe.output or default_output(ready.recipe, ready.source)
+    check_directory(directory, ready.source.directory, overwrite=ready.recipe.overwrite)
+    return directory
+
+
+def _stream_blocks(
+    ready: Prepared, output: Output, tokens: TokenSet | None, ranks: Ranks, say: Say, quiet: bool
+) -> dict[str, object]:
+    """Prune every block that is not finished yet. Returns the record of what was done."""
+    recipe, skeleton = ready.recipe, ready.skeleton
+    output.check_space()
+    if output.finished_blocks:
+        say(f"resuming: {output.finished_blocks} of {len(skeleton.blocks)} blocks were already finished.")
+    output.write_outer()
+    ids_NT = None
+    if tokens:
+        ids_NT = tokens.ids_NT[ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1)]
+    with bar(f"{recipe.method}", len(skeleton.blocks), quiet=quiet) as advance:
+        stream = Stream(
+            skeleton,
+            ids_NT,
+            output=output,
+            micro_batch=recipe.micro_batch or 1,
+            propagate=recipe.propagate,
+            sequential=recipe.sequential,
+            offload=recipe.offload_activations,
+            advance_progress=advance,
+            ranks=ranks,
+        )
+        ready.method.prune(stream, recipe)
+    linears = output.linears()
+    prunable = skeleton.prunable_parameters()
+    zeros = sum(int(str(fact["zeros"])) for fact in linears.values())
+    return {
+        "complete": True,
+        "model": {"given": recipe.model, "name": ready.source.name, "base_model": ready.source.base_model},
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "reasons": ready.reasons,
+        "versions": versions(),
+        "calibration": {"source": tokens.source, "sha256": tokens.sha256, "note": tokens.note} if tokens else None,
+        "sparsity": zeros / prunable,
+        "coverage": ready.coverage,
+        "parameters": {
+            "total": skeleton.parameters(),
+            "decoder": skeleton.decoder_parameters(),
+            "prunable": prunable,
+            "zero": zeros,
+        },
+        "linears": linears,
+        "clock_seconds": {key: round(value, 3) for key, value in asdict(stream.clock).items()},
+    }
+
+
+def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
+    recipe, skeleton = ready.recipe, ready.skeleton
+    assert recipe.calibration and recipe.samples and recipe.seqlen and recipe.device
+
+    def write_own(samples: int, seqlen: int, seed: int) -> torch.Tensor:
+        return calibration.sample_from_model(
+            ready.source.directory,
+            samples,
+            seqlen,
+            seed,
+            model_key=skeleton.checkpoint.fingerprint(),
+            device=str(skeleton.device),
+            dtype=skeleton.dtype,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+    return calibration.calibration_set(
+        recipe.calibration,
+        _tokenizer(ready, recipe.calibration),
+        samples=recipe.samples,
+        seqlen=recipe.seqlen,
+        seed=recipe.seed,
+        sampler=write_own,
+    )
+
+
+def _tokenizer(ready: Prepared, source: str):  # type: ignore[no-untyped-def]
+    return load_tokenizer(ready.source.directory, trust_remote_code=ready.recipe.trust_remote_code)
+
+
+def _evaluation_set(ready: Prepared) -> TokenSet:
+    recipe = ready.recipe
+    assert recipe.evaluate
+    limit = ready.skeleton.max_tokens
+    seqlen = recipe.seqlen or min(limit or settings.PAPER_SEQLEN, settings.CPU_SEQLEN)
+    windows = None if ready.skeleton.device.type == "cuda" else CPU_WINDOWS
+    return calibration.evaluation_set(
+        recipe.evaluate, _tokenizer(ready, recipe.evaluate), seqlen=seqlen, windows=windows
+    )
+
+
+def _evaluate(ready: Prepared, output: Output, text: TokenSet, quiet: bool) -> dict[str, object]:
+    """Token perplexity of the dense and of the pruned model on the same windows."""
+    pruned = output.as_checkpoint()
+    values = {}
+    for label, checkpoint in (("dense", ready.skeleton.checkpoint), ("pruned", pruned)):
+        skeleton = ready.skeleton.with_checkpoint(checkpoint)
+        with bar(f"perplexity, {label}", len(skeleton.blocks), quiet=quiet) as advance:
+            values[label] = perplexity(skeleton, text.ids_NT, advance_progress=advance)
+    windows, seqlen = text.ids_NT.shape
+    return {
+        **values,
+        "text": text.source,
+        "protocol": f"token perplexity, {windows} disjoint windows of {seqlen} tokens",
+        "tokens_sha256": text.sha256,
+    }
+
+
+def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
+    """What must be equal for two runs to give the same bytes."""
+    recipe = ready.recipe.model_dump(mode="json")
+    identity = {key: str(recipe[key]) for key in DECISIVE}
+    identity["device"] = ready.skeleton.device.type
+    identity["model weights"] = ready.skeleton.checkpoint.fingerprint()[:16]
+    config = (ready.source.directory / "config.json").read_bytes()
+    identity["model config"] = hashlib.sha256(config).hexdigest()[:16]
+    identity["calibration tokens"] = tokens.sha256[:16] if tokens else "none"
+    return identity | {f"{name} version": version for name, version in versions().items() if name != "python"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the result."""
+    import transformers
+
+    return {
+        "llmprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_rss() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def default_output(recipe: Recipe, source: Source) -> Path:
+    """`MODEL-METHOD-SPARSITY` or `MODEL-METHOD-2of4` in the current directory."""
+    amount = recipe.pattern.replace(":", "of") if ":" in recipe.pattern else f"{recipe.target:g}"
+    return Path(re.sub(r"[^\w.-]+", "-", f"{source.name}-{recipe.method}-{amount}"))
+
+
+def coverage_line(ready: Prepared) -> str:
+    """Which matrices will be pruned, and a warning where they are less than half of the decoder."""
+    skeleton = ready.skeleton
+    roles = list(dict.fromkeys(linear.role for linear in skeleton.linears[0]))
+    line = (
+        f"prunable: {', '.join(roles)} of {len(skeleton.blocks)} blocks, {skeleton.prunable_parameters() / 1e6:.1f} M "
+        f"parameters = {ready.coverage:.1%} of the decoder, {skeleton.prunable_parameters() / skeleton.parameters():.1%} "
+        "of the model"
+    )
+    if ready.coverage < COVERAGE_WARNING:
+        missed = ", ".join(skeleton.missed_matrices(0)[:5])
+        line += f"\nwarning: less than half of the decoder's parameters will be pruned; not covered: {missed}"
+    return line
+
+
+def _silence(line: str) -> None:
+    """Say nothing."""

@@ -1,0 +1,115 @@
+"""Values a recipe leaves open, chosen for the model and the machine, each with its reason."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import calibration
+from .errors import LLMPruneError
+from .methods import Method
+from .models import Skeleton
+from .recipe import Recipe
+
+# The papers' calibration set, used where a GPU makes it cheap.
+PAPER_SAMPLES, PAPER_SEQLEN = 128, 2048
+# On a CPU: what keeps the two forwards of the calibration set near two minutes at 50 GFLOP/s per core, an ordinary
+# core's float32 speed. A constant and not a measurement, so that the same machine always settles on the same samples.
+CPU_SECONDS, CPU_FLOPS = 120, 50e9
+CPU_SEQLEN = 512
+MIN_SAMPLES = 8
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(recipe: Recipe) -> tuple[str, str]:
+    """(device, reason).
+
+    Raises:
+        LLMPruneError: the device asked for is not there.
+    """
+    if recipe.device is None:
+        if torch.cuda.is_available():
+            return "cuda", torch.cuda.get_device_name()
+        return "cpu", "no CUDA device was found"
+    kind, _, index = recipe.device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise LLMPruneError(f"Unknown device {recipe.device!r}: use cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise LLMPruneError(
+            f"Device {recipe.device} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices: use "
+            "--device cpu, or install a CUDA build of torch."
+        )
+    return recipe.device, "as asked"
+
+
+def choose_dtype(recipe: Recipe, device: str, stored: torch.dtype) -> tuple[str, str]:
+    """(dtype, reason)."""
+    if recipe.dtype:
+        return recipe.dtype, "as asked"
+    name = str(stored).removeprefix("torch.")
+    if device == "cpu":
+        return "float32", "exact, and the fastest matrix product on most CPUs"
+    if stored == torch.float32 and torch.cuda.is_bf16_supported():
+        return "bfloat16", "the checkpoint's float32 would halve the speed; norms and scores stay in float32"
+    return name, "the checkpoint's own"
+
+
+def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, dict[str, str]]:
+    """Fill in samples, sequence length, micro-batch and calibration source.
+
+    Returns:
+        The recipe without open values, and the reason for each value that was open.
+
+    Raises:
+        LLMPruneError: a sequence length beyond the model's own limit.
+    """
+    values: dict[str, object] = {}
+    reasons: dict[str, str] = {}
+
+    def choose(key: str, value: object, reason: str) -> None:
+        if getattr(recipe, key) is None:
+            values[key], reasons[key] = value, reason
+
+    choose("sparsity", recipe.target, "what the pattern removes" if recipe.pattern != "unstructured" else "a half")
+    limit = skeleton.max_tokens
+    if recipe.seqlen and limit and recipe.seqlen > limit:
+        raise LLMPruneError(
+            f"--seqlen {recipe.seqlen} is beyond the {limit} tokens this model takes: use at most {limit}."
+        )
+    if method.STATISTIC is None:
+        return recipe.model_copy(update=values), reasons
+
+    on_gpu = skeleton.device.type == "cuda"
+    seqlen = recipe.seqlen or min(limit or PAPER_SEQLEN, PAPER_SEQLEN if on_gpu else CPU_SEQLEN)
+    choose("seqlen", seqlen, "the papers' length" if on_gpu else "enough for masks, and quick on a CPU")
+    if limit and seqlen == limit:
+        reasons["seqlen"] = "the model takes no longer sequence"
+    if on_gpu:
+        samples, why = PAPER_SAMPLES, "the papers' number"
+    else:
+        budget = CPU_SECONDS * CPU_FLOPS * cores()
+        affordable = budget / (4 * skeleton.decoder_parameters() * seqlen)
+        samples = MIN_SAMPLES
+        while samples * 2 <= min(affordable, PAPER_SAMPLES):
+            samples *= 2
+        why = f"about two minutes of forwards on {cores()} CPU cores; the papers' {PAPER_SAMPLES} if given"
+        if affordable < MIN_SAMPLES:
+            why = "few, since this model is slow on a CPU"
+    choose("samples", samples, why)
+    tokens = 8192 if on_gpu else 512
+    choose(
+        "micro_batch",
+        min(max(tokens // seqlen, 1), recipe.samples or samples),
+        f"{tokens} tokens fill a {'GPU' if on_gpu else 'CPU'}",
+    )
+    if recipe.calibration is None:
+        if calibration.hub_reachable():
+            choose("calibration", "c4", "the papers' text")
+        else:
+            choose("calibration", "self", "the Hub cannot be reached, so the model writes its own text")
+    return recipe.model_copy(update=values), reasons

@@ -1,0 +1,474 @@
+"""The pipeline: calibration samples flow through decoder blocks, one block resident at a time.
+
+    for block in stream.blocks():
+        for linear, norm in block.observe(InputNorm):
+            linear.keep(...)
+
+When the loop moves on, the stream takes the samples through the pruned block, writes the block's shard, journals it
+and drops it, while the next block is already being read. How often a block runs:
+
+- `sequential="block"` (the papers): all statistics come from the dense block, then the pruned block runs once more. The
+  observing pass stops at the last linear's input, whose product nobody needs.
+- `sequential="sublayer"`: a linear is pruned as soon as its own inputs are complete and is used pruned from then on,
+  so the samples cross the block once. Every micro-batch's forward is a coroutine that waits at each linear until all
+  the others have arrived there, which works for any architecture because the model's own code runs.
+- `propagate="dense"`: the next block sees the dense block's output; the samples cross the block once.
+
+The model's own forward runs once with recorders in place of the blocks, so each block is later called with exactly the
+arguments (masks per layer type, position embeddings, ...) that the model would have passed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from .errors import LLMPruneError
+from .models import Linear, Skeleton
+from .output import Output
+from .ranks import Ranks
+from .statistics import Statistic
+
+S = TypeVar("S", bound=Statistic)
+Propagate = Literal["pruned", "dense"]
+Sequential = Literal["block", "sublayer"]
+
+
+class _Stop(Exception):
+    """Ends a forward whose remaining result nobody needs. Private, so that no model's own error is mistaken for it."""
+
+
+@dataclass
+class Clock:
+    """Seconds the main thread spent in each part of a run."""
+
+    capture: float = 0.0
+    observe: float = 0.0
+    decide: float = 0.0
+    advance: float = 0.0
+    read_wait: float = 0.0
+    write_wait: float = 0.0
+    forwards: float = field(default=0.0, metadata={"unit": "block forwards of the whole calibration set"})
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
+
+class Activations:
+    """Hidden states of all samples, [samples, tokens, features], in memory or in a memory-mapped file."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, offload: Path | None) -> None:
+        self.file: Path | None = None
+        if offload is None:
+            self.states_NTI = torch.empty(shape, dtype=dtype)
+        else:
+            offload.mkdir(parents=True, exist_ok=True)
+            self.file = offload / f"llmprune-activations-{time.time_ns():x}.bin"
+            count = shape[0] * shape[1] * shape[2]
+            self.states_NTI = torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(
+                shape
+            )
+            # The mapping keeps the file alive; without a name nothing is left behind, however the run ends.
+            self.file.unlink()
+
+    def __getitem__(self, batch: slice) -> Tensor:
+        return self.states_NTI[batch]
+
+    def __setitem__(self, batch: slice, states_BTI: Tensor) -> None:
+        self.states_NTI[batch] = states_BTI
+
+
+class Replay:
+    """The arguments each block got from the model's own forward, besides the hidden states."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[int, int], tuple[tuple[object, ...], dict[str, object]]] = {}
+        self._pool: list[Tensor] = []
+
+    def record(self, batch: int, block: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self.calls[batch, block] = (
+            tuple(self._share(value) for value in args),
+            {key: self._share(value) for key, value in kwargs.items()},
+        )
+
+    def _share(self, value: object) -> object:
+        """Masks and rotary tables are the same for every micro-batch: keep one copy of equal tensors."""
+        if isinstance(value, tuple):
+            return tuple(self._share(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        for known in self._pool:
+            if known is value or (
+                known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+            ):
+                return known
+        self._pool.append(value)
+        return value
+
+
+class Stream:
+    """Moves calibration samples through the blocks of a model.
+
+    Args:
+        skeleton: the model without weights.
+        ids_NT: calibration token ids, int64 [samples, tokens], of this rank; None for methods that need no data.
+        output: where finished blocks go; None to only look (evaluation, dry runs).
+        micro_batch: samples per forward. Statistics do not depend on it.
+        propagate, sequential: see the module's docstring.
+        offload: directory for the hidden states' memory-mapped file.
+        advance_progress: called once per finished block with its name.
+        ranks: the other processes of the run.
+        keep_last: run the samples through the last block, too, whose output pruning does not need.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        ids_NT: Tensor | None,
+        *,
+        output: Output | None = None,
+        micro_batch: int = 1,
+        propagate: Propagate = "pruned",
+        sequential: Sequential = "block",
+        offload: Path | None = None,
+        advance_progress: Callable[[str], None] = lambda name: None,
+        ranks: Ranks | None = None,
+        keep_last: bool = False,
+    ) -> None:
+        self.skeleton = skeleton
+        self.ids_NT = ids_NT
+        self.output = output
+        self.propagate, self.sequential = propagate, sequential
+        self.advance_progress = advance_progress
+        self.ranks = ranks or Ranks()
+        self.keep_last = keep_last
+        self.clock = Clock()
+        self.replay = Replay()
+        self.batches: list[slice] = []
+        self.activations: Activations | None = None
+        # The role that runs last in a block, once the first forward has shown it.
+        self.last_role: str | None = None
+        if ids_NT is not None:
+            samples = len(ids_NT)
+            self.batches = [
+                slice(i, min(i + micro_batch, samples)) for i in range(0, samples, micro_batch)
+            ]
+            self._offload = offload
+
+    # Hidden states -----------------------------------------------------------------------------------------------
+
+    def capture(self) -> None:
+        """Embed the samples and record what each block is called with: the model's own forward, blocks left out."""
+        assert self.ids_NT is not None
+        last = len(self.skeleton.blocks) - 1
+
+        def record(
+            batch: int, block: int, *args: object, hidden_states: Tensor | None = None, **kwargs: object
+        ) -> Tensor:
+            if hidden_states is None:
+                hidden_states, args = args[0], args[1:]  # type: ignore[assignment]
+            assert hidden_states is not None
+            self.replay.record(batch, block, args, kwargs)
+            if block == 0:
+                self._store(batch, hidden_states)
+            if block == last:
+                raise _Stop
+            return hidden_states
+
+        with self.clock.measure("capture"), self.outer_loaded():
+            for batch in range(len(self.batches)):
+                with self.blocks_replaced(partial(record, batch)):
+                    try:
+                        self.skeleton.model.base_model(input_ids=self._ids(batch), use_cache=False)
+                    except _Stop:
+                        pass
+
+    @contextmanager
+    def outer_loaded(self) -> Iterator[None]:
+        """The embedding, the final norm and the head are in memory inside this context."""
+        self.skeleton.fill_outer()
+        try:
+            yield
+        finally:
+            self.skeleton.empty_outer()
+
+    @contextmanager
+    def blocks_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Inside, block i's forward is `forward(i, ...)`. The modules stay, and with them the attributes models read."""
+        for index, block in enumerate(self.skeleton.blocks):
+            block.forward = partial(forward, index)
+        try:
+            yield
+        finally:
+            for block in self.skeleton.blocks:
+                del block.forward
+
+    def _ids(self, batch: int) -> Tensor:
+        assert self.ids_NT is not None
+        return self.ids_NT[self.batches[batch]].to(self.skeleton.device)
+
+    def _store(self, batch: int, hidden_BTI: Tensor) -> None:
+        if self.activations is None:
+            assert self.ids_NT is not None
+            shape = (*self.ids_NT.shape, hidden_BTI.shape[-1])
+            self.activations = Activations(shape, hidden_BTI.dtype, self._offload)
+        self.activations[self.batches[batch]] = hidden_BTI
+
+    def hidden(self, batch: int) -> Tensor:
+        """A micro-batch's current hidden states, [samples, tokens, features], on the device."""
+        assert self.activations is not None
+        return self.activations[self.batches[batch]].to(self.skeleton.device)
+
+    def forward(self, block: int, batch: int) -> Tensor:
+        """A block's output for a micro-batch, [samples, tokens, features]."""
+        args, kwargs = self.replay.calls[batch, block]
+        output = self.skeleton.blocks[block](self.hidden(batch), *args, **kwargs)
+        # Older architectures return a tuple. A tensor must not be indexed: [0] would keep one sample only.
+        return output[0] if isinstance(output, tuple) else output
+
+    def finish_forward(self, block: int, batch: int, output_BTI: Tensor) -> None:
+        """Check a block's output and make it the input of the next block."""
+        if not output_BTI.isfinite().all():
+            raise LLMPruneError(
+                f"Block {block} produced NaN or infinite activations in {self.skeleton.dtype}: check the weights, or "
+                "compute in a wider type with --dtype float32."
+            )
+        self._store(batch, output_BTI)
+
+    # Blocks ------------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks that remain to be pruned, in order; finished ones are replayed from the output."""
+        finished = self.output.finished_blocks if self.output else 0
+        count = len(self.skeleton.blocks)
+        if finished == count:
+            return
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            reading = reader.submit(self._read_block, 0, finished)
+            if self.ids_NT is not None:
+                self.capture()
+            for index in range(count):
+                with self.clock.measure("read_wait"):
+                    stored = reading.result()
+                if index + 1 < count:
+                    reading = reader.submit(self._read_block, index + 1, finished)
+                self.skeleton.fill_block(index, stored)
+                block = Block(self, index)
+                if index >= finished:
+                    yield block
+                block.advance()
+                if index >= finished and self.output and self.ranks.is_main:
+                    with self.clock.measure("write_wait"):
+                        if writing:
+                            writing.result()
+                        writing = writer.submit(
+                            self.output.write_block, index, self._stored_tensors(stored), block.facts()
+                        )
+                self.skeleton.empty_block(index)
+                self.advance_progress(f"block {index}")
+                del stored, block
+            if writing:
+                with self.clock.measure("write_wait"):
+                    writing.result()
+
+    def _read_block(self, index: int, finished: int) -> dict[str, Tensor]:
+        """A block's tensors by parameter name, in their stored dtype.
+
+        A finished block is read back pruned, unless the next block is to see the dense one.
+        """
+        if index < finished and self.propagate == "pruned":
+            assert self.output is not None
+            written = self.output.read_block(index)
+            return {
+                name: written[self.skeleton.stored_names[name]]
+                for name in self.skeleton.block_parameters(index)
+            }
+        tensors = {}
+        for name in self.skeleton.block_parameters(index):
+            stored_name = self.skeleton.stored_names[name]
+            tensor = self.skeleton.checkpoint.read(stored_name)
+            if not tensor.isfinite().all():
+                raise LLMPruneError(
+                    f"Tensor {stored_name!r} holds NaN or infinite weights: the checkpoint is damaged, get it again."
+                )
+            tensors[name] = tensor
+        return tensors
+
+    def _stored_tensors(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self.skeleton.stored_names[name]: tensor for name, tensor in stored.items()}
+
+
+class Block:
+    """One resident decoder block, between the samples that came in and the shard that goes out."""
+
+    def __init__(self, stream: Stream, index: int) -> None:
+        self.stream = stream
+        self.index = index
+        self.linears = stream.skeleton.linears[index]
+        # The samples already are this block's output.
+        self._advanced = stream.ids_NT is None or (
+            index == len(stream.skeleton.blocks) - 1 and not stream.keep_last
+        )
+        self._needs_dense_output = stream.propagate == "dense" and not self._advanced
+
+    def observe(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
+        """The block's linears in the order they run, each with its inputs' statistic over all samples.
+
+        Linears that read the same tensor (q, k and v; gate and up) share one statistic object. With
+        `sequential="sublayer"` a linear runs as the caller leaves it before the next one is observed.
+
+        Raises:
+            LLMPruneError: an activation is NaN or infinite.
+        """
+        one_pass = self.stream.sequential == "sublayer" and not self._needs_dense_output
+        pairs = self._observe_one_pass(kind) if one_pass else self._observe(kind)
+        clock = self.stream.clock
+        while True:
+            with clock.measure("observe"):
+                pair = next(pairs, None)
+            if pair is None:
+                return
+            linear, statistic = pair
+            self._check(linear, statistic)
+            with clock.measure("decide"):
+                yield linear, statistic
+
+    def _observe(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
+        """Statistics of all linears from one forward of the block as it is."""
+        stream = self.stream
+        statistics: dict[Linear, S] = {}
+        latest: Tensor | None = None
+        owner: Linear | None = None
+        samples = 1
+
+        def see(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal latest, owner
+            inputs = args[0]
+            if inputs is latest and owner is not None:
+                statistics.setdefault(linear, statistics[owner])
+            else:
+                latest, owner = inputs, linear
+                if linear not in statistics:
+                    statistics[linear] = kind(inputs.shape[-1], inputs.device)
+                statistics[linear].update(inputs.reshape(samples, -1, inputs.shape[-1]))
+            if linear.role == stream.last_role and not self._needs_dense_output:
+                raise _Stop
+
+        handles = [
+            linear.module.register_forward_pre_hook(partial(see, linear)) for linear in self.linears
+        ]
+        try:
+            for batch, part in enumerate(stream.batches):
+                samples = part.stop - part.start
+                try:
+                    output = stream.forward(self.index, batch)
+                except _Stop:
+                    pass
+                else:
+                    stream.last_role = list(statistics)[-1].role
+                    if self._needs_dense_output:
+                        stream.finish_forward(self.index, batch, output)
+                latest = owner = None
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._advanced |= self._needs_dense_output
+        stream.clock.forwards += 1
+        for statistic in {id(s): s for s in statistics.values()}.values():
+            stream.ranks.add(statistic)
+        yield from statistics.items()
+
+    def _observe_one_pass(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
+        """Like `_observe`, but each linear is yielded as soon as all samples have reached it."""
+        stream = self.stream
+        hub = getcurrent()
+        order = {linear: position for position, linear in enumerate(self.linears)}
+
+        def pause(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hub.switch((linear, args[0]))
+            if self._advanced and linear.role == stream.last_role:
+                raise _Stop
+
+        def run(batch: int) -> None:
+            try:
+                output = stream.forward(self.index, batch)
+            except _Stop:
+                return
+            if not self._advanced:
+                stream.finish_forward(self.index, batch, output)
+
+        handles = [
+            linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in self.linears
+        ]
+        previous: dict[int, Tensor] = {}
+        statistic: S | None = None
+        try:
+            workers = [greenlet(run, hub) for _ in stream.batches]
+            waiting = {}
+            for batch, worker in enumerate(workers):
+                if arrived := worker.switch(batch):
+                    waiting[batch] = arrived
+            while waiting:
+                linear = min((linear for linear, _ in waiting.values()), key=order.__getitem__)
+                here = {batch: inputs for batch, (at, inputs) in waiting.items() if at is linear}
+                shared = previous.keys() == here.keys() and all(previous[b] is here[b] for b in here)
+                if not shared or statistic is None:
+                    first = next(iter(here.values()))
+                    statistic = kind(first.shape[-1], first.device)
+                    for batch, inputs in here.items():
+                        part = stream.batches[batch]
+                        statistic.update(inputs.reshape(part.stop - part.start, -1, inputs.shape[-1]))
+                    stream.ranks.add(statistic)
+                previous = here
+                yield linear, statistic
+                for batch in here:
+                    if arrived := workers[batch].switch():
+                        waiting[batch] = arrived
+                    else:
+                        del waiting[batch]
+            stream.last_role = linear.role
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._advanced = True
+        stream.clock.forwards += 1
+
+    def _check(self, linear: Linear, statistic: Statistic) -> None:
+        if not statistic.is_finite():
+            raise LLMPruneError(
+                f"The input of {linear.name!r} holds NaN or infinite activations in {self.stream.skeleton.dtype}: check "
+                "the weights, or compute in a wider type with --dtype float32."
+            )
+
+    def advance(self) -> None:
+        """Take the samples through the block as it is now, unless they already are beyond it."""
+        if self._advanced:
+            return
+        with self.stream.clock.measure("advance"):
+            for batch in range(len(self.stream.batches)):
+                self.stream.finish_forward(self.index, batch, self.stream.forward(self.index, batch))
+        self._advanced = True
+        self.stream.clock.forwards += 1
+
+    def facts(self) -> dict[str, dict[str, object]]:
+        """What became of each linear, for the record."""
+        return {
+            linear.name: {"role": linear.role, "shape": list(linear.shape), "zeros": linear.zeros}
+            for linear in self.linears
+        }

