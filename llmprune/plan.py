@@ -43,9 +43,7 @@ def make_plan(ready: Prepared) -> Plan:
     parts = memory_parts(ready)
     disk = skeleton.checkpoint.nbytes
     overhead = disk / 1e9 + 3e-9 * 8 * skeleton.prunable_parameters()
-    return Plan(
-        sum(parts.values()), parts, forwards, flops, flops / (probe_flops() * EFFICIENCY) + overhead, disk
-    )
+    return Plan(sum(parts.values()), parts, forwards, flops, flops / (probe_flops() * EFFICIENCY) + overhead, disk)
 
 
 def count_forwards(ready: Prepared) -> float:
@@ -87,9 +85,7 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
         widest = sum(linear.shape[0] for linear in skeleton.linears[0])
         live = tokens if recipe.sequential == "sublayer" and recipe.propagate == "pruned" else batch
         parts["one forward"] = 2 * live * (widest + 4 * skeleton.hidden_size) * width
-        parts["statistics"] = 3 * sum(
-            ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0)
-        )
+        parts["statistics"] = 3 * sum(ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0))
     return parts
 
 

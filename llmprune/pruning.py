@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import platform
 import re
@@ -12,10 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from . import __version__, calibration, methods, settings
+from . import __version__, calibration, methods, sampling, settings
 from .calibration import TokenSet
 from .errors import LLMPruneError
 from .evaluate import perplexity
@@ -23,9 +23,12 @@ from .methods import Method
 from .models import Skeleton, Source, load_tokenizer, resolve
 from .output import Output, check_directory
 from .progress import bar
-from .ranks import Ranks, launch
+from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm
-from .stream import Stream
+from .stream import Clock, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Windows of the evaluation text on a CPU, where a whole test set takes an hour; the gold protocol's number.
 CPU_WINDOWS = 32
@@ -79,6 +82,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     """
     method = methods.load(recipe.method)
     device, why_device = settings.choose_device(recipe)
+    device = local_device(device)
     source = resolve(recipe.model, revision=recipe.revision)
     say(f"{recipe.model} is {source.how}.")
     skeleton = Skeleton(source.directory, device=device, trust_remote_code=recipe.trust_remote_code)
@@ -106,44 +110,61 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
 def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     """Carry out a recipe. `say` gets a line at a time for people; `quiet` hides progress bars."""
     started = time.time()
-    ranks = launch(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = launch()
     if not ranks.is_main:
-        say = _silence
-    ready = prepare(recipe, say)
+        say, quiet = _silence, True
+    ready = ranks.main_first(lambda: prepare(recipe, say))
     recipe, skeleton = ready.recipe, ready.skeleton
     for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch"):
         if key in ready.reasons:
             say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
     say(coverage_line(ready))
-
-    directory = check_run(ready)
-    evaluation = _evaluation_set(ready) if recipe.evaluate else None
-    tokens = _calibration_set(ready, quiet) if ready.method.STATISTIC else None
+    ranks.together(lambda: check_run(ready))
+    evaluation = _evaluation_set(ready) if recipe.evaluate and ranks.is_main else None
+    tokens = ranks.main_first(lambda: _calibration_set(ready, quiet)) if ready.method.STATISTIC else None
     if tokens:
         say(f"calibration: {tokens.source}: {tokens.note}")
     identity = _identity(ready, tokens)
+    ranks.check_same(identity)
+    output = ranks.together(lambda: _open_output(ready, identity, ranks))
+    try:
+        output.complete = bool(ranks.from_main(output.complete))
+        if output.complete:
+            say(f"{output.directory} already holds this run's finished result; nothing to do.")
+            return Result(output.directory, output.read_record())
+        output.finished_blocks = ranks.from_main(output.finished_blocks)
+        clock = _stream_blocks(ready, output, tokens, ranks, say, quiet)
+        if ranks.is_main:
+            record = _record(ready, output, tokens, clock)
+            if evaluation:
+                record["perplexity"] = _evaluate(ready, output, evaluation, quiet)
+            record["seconds"] = round(time.time() - started, 1)
+            record["peak_rss_bytes"] = peak_rss()
+            output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
+        ranks.from_main(0)
+        return Result(output.directory, output.read_record())
+    finally:
+        output.release()
+
+
+def _open_output(ready: Prepared, identity: dict[str, str], ranks: Ranks) -> Output:
+    skeleton = ready.skeleton
     output = Output(
-        directory,
+        check_run(ready),
         skeleton.checkpoint,
         [[skeleton.stored_names[name] for name in skeleton.block_parameters(i)] for i in range(len(skeleton.blocks))],
         skeleton.outer_tensors(),
         identity,
-        overwrite=recipe.overwrite,
+        overwrite=ready.recipe.overwrite,
+        follow=not ranks.is_main,
     )
-    try:
-        if output.complete:
-            say(f"{directory} already holds this run's finished result; nothing to do.")
-            return Result(directory, output.read_record())
-        record = _stream_blocks(ready, output, tokens, ranks, say, quiet)
-        gc.collect()
-        if evaluation:
-            record["perplexity"] = _evaluate(ready, output, evaluation, quiet)
-        record["seconds"] = round(time.time() - started, 1)
-        record["peak_rss_bytes"] = peak_rss()
-        output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
-        return Result(directory, output.read_record())
-    finally:
-        output.release()
+    if ranks.is_main and not output.complete:
+        try:
+            output.check_space()
+        except LLMPruneError:
+            output.release()
+            raise
+    return output
 
 
 def check_run(ready: Prepared) -> Path:
@@ -153,19 +174,18 @@ def check_run(ready: Prepared) -> Path:
     return directory
 
 
-def _stream_blocks(
-    ready: Prepared, output: Output, tokens: TokenSet | None, ranks: Ranks, say: Say, quiet: bool
-) -> dict[str, object]:
-    """Prune every block that is not finished yet. Returns the record of what was done."""
+def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ranks: Ranks, say: Say, quiet: bool) -> Clock:
+    """Prune every block that is not finished yet."""
     recipe, skeleton = ready.recipe, ready.skeleton
-    output.check_space()
     if output.finished_blocks:
         say(f"resuming: {output.finished_blocks} of {len(skeleton.blocks)} blocks were already finished.")
-    output.write_outer()
     ids_NT = None
     if tokens:
-        ids_NT = tokens.ids_NT[ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1)]
-    with bar(f"{recipe.method}", len(skeleton.blocks), quiet=quiet) as advance:
+        share = ranks.together(lambda: ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1))
+        ids_NT = tokens.ids_NT[share]
+    if ranks.is_main:
+        output.write_outer()
+    with bar(recipe.method, len(skeleton.blocks), quiet=quiet) as advance:
         stream = Stream(
             skeleton,
             ids_NT,
@@ -178,6 +198,12 @@ def _stream_blocks(
             ranks=ranks,
         )
         ready.method.prune(stream, recipe)
+    return stream.clock
+
+
+def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clock) -> dict[str, object]:
+    """What llmprune.json says, but for measurements that come after it."""
+    recipe, skeleton = ready.recipe, ready.skeleton
     linears = output.linears()
     prunable = skeleton.prunable_parameters()
     zeros = sum(int(str(fact["zeros"])) for fact in linears.values())
@@ -197,7 +223,7 @@ def _stream_blocks(
             "zero": zeros,
         },
         "linears": linears,
-        "clock_seconds": {key: round(value, 3) for key, value in asdict(stream.clock).items()},
+        "clock_seconds": {key: round(value, 3) for key, value in asdict(clock).items()},
     }
 
 
@@ -206,7 +232,7 @@ def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
     assert recipe.calibration and recipe.samples and recipe.seqlen and recipe.device
 
     def write_own(samples: int, seqlen: int, seed: int) -> torch.Tensor:
-        return calibration.sample_from_model(
+        return sampling.sample_from_model(
             ready.source.directory,
             samples,
             seqlen,
@@ -215,11 +241,13 @@ def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
             device=str(skeleton.device),
             dtype=skeleton.dtype,
             trust_remote_code=recipe.trust_remote_code,
+            quiet=quiet,
         )
 
     return calibration.calibration_set(
         recipe.calibration,
-        _tokenizer(ready, recipe.calibration),
+        _tokenizer(ready),
+        vocab_size=skeleton.vocab_size,
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
@@ -227,7 +255,7 @@ def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
     )
 
 
-def _tokenizer(ready: Prepared, source: str):  # type: ignore[no-untyped-def]
+def _tokenizer(ready: Prepared) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(ready.source.directory, trust_remote_code=ready.recipe.trust_remote_code)
 
 
@@ -238,7 +266,11 @@ def _evaluation_set(ready: Prepared) -> TokenSet:
     seqlen = recipe.seqlen or min(limit or settings.PAPER_SEQLEN, settings.CPU_SEQLEN)
     windows = None if ready.skeleton.device.type == "cuda" else CPU_WINDOWS
     return calibration.evaluation_set(
-        recipe.evaluate, _tokenizer(ready, recipe.evaluate), seqlen=seqlen, windows=windows
+        recipe.evaluate,
+        _tokenizer(ready),
+        seqlen=seqlen,
+        windows=windows,
+        vocab_size=ready.skeleton.vocab_size,
     )
 
 

@@ -1,17 +1,30 @@
 """The processes of one run: `torchrun -m llmprune prune ...` gives each rank its share of the calibration samples.
 
-Without torchrun there is one rank and every operation is free.
+Without a launcher there is one rank and every operation here is free. Every rank decides every mask itself, from the same sums,
+so nothing but sums travels; the main rank alone writes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .errors import LLMPruneError
 from .statistics import Statistic
+
+T = TypeVar("T")
+MESSAGE_BYTES = 2048
+
+
+class LostRank(LLMPruneError):
+    """Another rank has died. Its own message, or the launcher's, says why."""
 
 
 class Ranks:
@@ -42,22 +55,98 @@ class Ranks:
         return slice(first * micro_batch, min(last * micro_batch, samples))
 
     def add(self, statistic: Statistic) -> None:
-        """Sum a statistic over all ranks, in place."""
+        """Sum a statistic over all ranks, in place.
+
+        Raises:
+            LostRank: another rank has died.
+        """
         if self.size == 1:
             return
-        for tensor in statistic.sums():
-            dist.all_reduce(tensor)
-        tokens = torch.tensor([statistic.tokens], dtype=torch.int64, device=statistic.sums()[0].device)
-        dist.all_reduce(tokens)
+        tokens = torch.tensor([statistic.tokens], dtype=torch.int64)
+        for tensor in (*statistic.sums(), tokens):
+            _contact(lambda tensor=tensor: dist.all_reduce(tensor))  # type: ignore[misc]
         statistic.tokens = int(tokens)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; if it is bad input on any of them, that is everybody's error.
+
+        Raises:
+            LLMPruneError: the first rank's that failed, on all ranks.
+        """
+        if self.size == 1:
+            return work()
+        error = ""
+        result: T | None = None
+        try:
+            result = work()
+        except LLMPruneError as caught:
+            error = str(caught) or "bad input"
+        for rank, message in enumerate(self._gather(error)):
+            if message:
+                raise LLMPruneError(message if rank == 0 else f"On rank {rank}: {message}")
+        return result  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on the main rank, then on the others, which find what it has cached."""
+        early = self.together(lambda: work() if self.is_main else None)
+        late = self.together(lambda: None if self.is_main else work())
+        return early if self.is_main else late  # type: ignore[return-value]
+
+    def check_same(self, identity: Mapping[str, str]) -> None:
+        """Raise `LLMPruneError` if ranks see different models, data or versions."""
+        if self.size == 1:
+            return
+        own = {key: hashlib.sha256(value.encode()).hexdigest() for key, value in identity.items()}
+        for key, digest in own.items():
+            for rank, other in enumerate(self._gather(digest)):
+                if other != own[key] or other != digest:
+                    raise LLMPruneError(
+                        f"Rank {rank} and rank {self.rank} differ in {key}: give every rank the same files and versions."
+                    )
+
+    def from_main(self, number: int) -> int:
+        """The main rank's number, on every rank."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor([number], dtype=torch.int64)
+        _contact(lambda: dist.broadcast(tensor, 0))
+        return int(tensor)
+
+    def _gather(self, text: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        own = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        content = text.encode()[:MESSAGE_BYTES]
+        own[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        everyone = [torch.zeros_like(own) for _ in range(self.size)]
+        _contact(lambda: dist.all_gather(everyone, own))
+        return [_decode(received) for received in everyone]
 
 
-def launch(device: str) -> Ranks:
-    """Join the other ranks if a launcher started this process."""
+def _decode(text: Tensor) -> str:
+    return bytes(text.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
+def _contact(exchange: Callable[[], object]) -> None:
+    try:
+        exchange()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LostRank(
+            f"Lost contact with another rank ({reason}): see its message; the same command resumes the run, also with "
+            "another number of ranks."
+        ) from error
+
+
+def launch() -> Ranks:
+    """Join the other ranks if a launcher started this process. Sums on a GPU go by nccl, everything else by gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # The main rank may evaluate or write for hours; a rank that dies is noticed by its closed connection.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return Ranks()
+
+
+def local_device(device: str) -> str:
+    """`cuda` as this rank's own GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device

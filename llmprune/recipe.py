@@ -34,9 +34,7 @@ def parse_nm(text: str) -> tuple[int, int] | None:
         raise LLMPruneError(f"Unknown pattern {text!r}: use 'unstructured' or N:M, such as 2:4 or 4:8.")
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:
-        raise LLMPruneError(
-            f"Pattern {text!r} keeps {n} of every {m} weights: N:M needs 0 < N < M, such as 2:4."
-        )
+        raise LLMPruneError(f"Pattern {text!r} keeps {n} of every {m} weights: N:M needs 0 < N < M, such as 2:4.")
     return n, m
 
 
@@ -50,12 +48,8 @@ class Recipe(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that the model brings.")
     method: str = Field("wanda", description="How weights are chosen: see `llmprune methods`.")
     sparsity: float | None = Field(None, description="Fraction of the prunable weights to remove, in [0, 1).")
-    pattern: str = Field(
-        "unstructured", description="unstructured, or N:M (keeps N of every M inputs), such as 2:4."
-    )
-    group: Group | None = Field(
-        None, description="Weights of one row or of the whole layer compete (unstructured)."
-    )
+    pattern: str = Field("unstructured", description="unstructured, or N:M (keeps N of every M inputs), such as 2:4.")
+    group: Group | None = Field(None, description="Weights of one row or of the whole layer compete (unstructured).")
     calibration: str | None = Field(
         None,
         description="c4, wikitext2, a Hub dataset, a .txt/.jsonl/.parquet/.arrow file or folder, self, or random.",
@@ -67,22 +61,14 @@ class Recipe(BaseModel):
         None, description="What the forward computes in. Weights are saved as the checkpoint stores them."
     )
     device: str | None = Field(None, description="cpu, cuda or cuda:N.")
-    micro_batch: int | None = Field(
-        None, ge=1, description="Samples per forward. Does not change the result."
-    )
-    propagate: Literal["pruned", "dense"] = Field(
-        "pruned", description="Which outputs the next block is calibrated on."
-    )
+    micro_batch: int | None = Field(None, ge=1, description="Samples per forward. Does not change the result.")
+    propagate: Literal["pruned", "dense"] = Field("pruned", description="Which outputs the next block is calibrated on.")
     sequential: Literal["block", "sublayer"] = Field(
         "block", description="Prune a block after observing it whole, or linear by linear in one forward."
     )
-    offload_activations: Path | None = Field(
-        None, description="Directory for a memory-mapped file of the activations."
-    )
+    offload_activations: Path | None = Field(None, description="Directory for a memory-mapped file of the activations.")
     evaluate: str | None = Field(None, description="Text to measure token perplexity on, dense and pruned.")
-    output: Path | None = Field(
-        None, description="Directory to write; default: MODEL-METHOD-SPARSITY here."
-    )
+    output: Path | None = Field(None, description="Directory to write; default: MODEL-METHOD-SPARSITY here.")
     overwrite: bool = Field(False, description="Start afresh, replacing a model that is already there.")
 
     @model_validator(mode="after")
@@ -90,9 +76,7 @@ class Recipe(BaseModel):
         nm = parse_nm(self.pattern)
         if self.sparsity is not None:
             if not 0 <= self.sparsity < 1:
-                raise LLMPruneError(
-                    f"Sparsity {self.sparsity} is outside [0, 1): give the fraction to remove, such as 0.5."
-                )
+                raise LLMPruneError(f"Sparsity {self.sparsity} is outside [0, 1): give the fraction to remove, such as 0.5.")
             if nm and abs(self.sparsity - _removed(nm)) > 1e-9:
                 raise LLMPruneError(
                     f"Pattern {self.pattern} removes {_removed(nm):g} of the weights, which contradicts sparsity "

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from . import calibration
+from . import corpus
 from .errors import LLMPruneError
 from .methods import Method
 from .models import Skeleton
@@ -78,9 +78,7 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
     choose("sparsity", recipe.target, "what the pattern removes" if recipe.pattern != "unstructured" else "a half")
     limit = skeleton.max_tokens
     if recipe.seqlen and limit and recipe.seqlen > limit:
-        raise LLMPruneError(
-            f"--seqlen {recipe.seqlen} is beyond the {limit} tokens this model takes: use at most {limit}."
-        )
+        raise LLMPruneError(f"--seqlen {recipe.seqlen} is beyond the {limit} tokens this model takes: use at most {limit}.")
     if method.STATISTIC is None:
         return recipe.model_copy(update=values), reasons
 
@@ -108,7 +106,7 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
         f"{tokens} tokens fill a {'GPU' if on_gpu else 'CPU'}",
     )
     if recipe.calibration is None:
-        if calibration.hub_reachable():
+        if corpus.hub_reachable():
             choose("calibration", "c4", "the papers' text")
         else:
             choose("calibration", "self", "the Hub cannot be reached, so the model writes its own text")

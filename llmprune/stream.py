@@ -80,9 +80,7 @@ class Activations:
             offload.mkdir(parents=True, exist_ok=True)
             self.file = offload / f"llmprune-activations-{time.time_ns():x}.bin"
             count = shape[0] * shape[1] * shape[2]
-            self.states_NTI = torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(
-                shape
-            )
+            self.states_NTI = torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(shape)
             # The mapping keeps the file alive; without a name nothing is left behind, however the run ends.
             self.file.unlink()
 
@@ -113,9 +111,7 @@ class Replay:
         if not isinstance(value, Tensor):
             return value
         for known in self._pool:
-            if known is value or (
-                known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
-            ):
+            if known is value or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)):
                 return known
         self._pool.append(value)
         return value
@@ -165,9 +161,7 @@ class Stream:
         self.last_role: str | None = None
         if ids_NT is not None:
             samples = len(ids_NT)
-            self.batches = [
-                slice(i, min(i + micro_batch, samples)) for i in range(0, samples, micro_batch)
-            ]
+            self.batches = [slice(i, min(i + micro_batch, samples)) for i in range(0, samples, micro_batch)]
             self._offload = offload
 
     # Hidden states -----------------------------------------------------------------------------------------------
@@ -177,9 +171,7 @@ class Stream:
         assert self.ids_NT is not None
         last = len(self.skeleton.blocks) - 1
 
-        def record(
-            batch: int, block: int, *args: object, hidden_states: Tensor | None = None, **kwargs: object
-        ) -> Tensor:
+        def record(batch: int, block: int, *args: object, hidden_states: Tensor | None = None, **kwargs: object) -> Tensor:
             if hidden_states is None:
                 hidden_states, args = args[0], args[1:]  # type: ignore[assignment]
             assert hidden_states is not None
@@ -277,9 +269,7 @@ class Stream:
                     with self.clock.measure("write_wait"):
                         if writing:
                             writing.result()
-                        writing = writer.submit(
-                            self.output.write_block, index, self._stored_tensors(stored), block.facts()
-                        )
+                        writing = writer.submit(self.output.write_block, index, self._stored_tensors(stored), block.facts())
                 self.skeleton.empty_block(index)
                 self.advance_progress(f"block {index}")
                 del stored, block
@@ -295,10 +285,7 @@ class Stream:
         if index < finished and self.propagate == "pruned":
             assert self.output is not None
             written = self.output.read_block(index)
-            return {
-                name: written[self.skeleton.stored_names[name]]
-                for name in self.skeleton.block_parameters(index)
-            }
+            return {name: written[self.skeleton.stored_names[name]] for name in self.skeleton.block_parameters(index)}
         tensors = {}
         for name in self.skeleton.block_parameters(index):
             stored_name = self.skeleton.stored_names[name]
@@ -322,9 +309,7 @@ class Block:
         self.index = index
         self.linears = stream.skeleton.linears[index]
         # The samples already are this block's output.
-        self._advanced = stream.ids_NT is None or (
-            index == len(stream.skeleton.blocks) - 1 and not stream.keep_last
-        )
+        self._advanced = stream.ids_NT is None or (index == len(stream.skeleton.blocks) - 1 and not stream.keep_last)
         self._needs_dense_output = stream.propagate == "dense" and not self._advanced
 
     def observe(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
@@ -370,9 +355,7 @@ class Block:
             if linear.role == stream.last_role and not self._needs_dense_output:
                 raise _Stop
 
-        handles = [
-            linear.module.register_forward_pre_hook(partial(see, linear)) for linear in self.linears
-        ]
+        handles = [linear.module.register_forward_pre_hook(partial(see, linear)) for linear in self.linears]
         try:
             for batch, part in enumerate(stream.batches):
                 samples = part.stop - part.start
@@ -413,9 +396,7 @@ class Block:
             if not self._advanced:
                 stream.finish_forward(self.index, batch, output)
 
-        handles = [
-            linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in self.linears
-        ]
+        handles = [linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in self.linears]
         previous: dict[int, Tensor] = {}
         statistic: S | None = None
         try:
@@ -469,6 +450,12 @@ class Block:
     def facts(self) -> dict[str, dict[str, object]]:
         """What became of each linear, for the record."""
         return {
-            linear.name: {"role": linear.role, "shape": list(linear.shape), "zeros": linear.zeros}
+            linear.name: {
+                "role": linear.role,
+                "shape": list(linear.shape),
+                "tensor": self.stream.skeleton.stored_names[f"{linear.name}.weight"],
+                "transposed": linear.transposed,
+                "zeros": linear.zeros,
+            }
             for linear in self.linears
         }

@@ -19,7 +19,7 @@ from llmprune.errors import LLMPruneError
 from llmprune.gguf import embedded_smollm2, to_checkpoint
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), "12"]
+VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), "12", "ab"]
 HEADS, KV_HEADS = 4, 2
 
 
@@ -72,7 +72,7 @@ def write_gguf(
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(VOCABULARY)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(VOCABULARY) - len(SPECIAL)))
-    writer.add_token_merges(["1 2"])
+    writer.add_token_merges(["1 2", "a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -125,6 +125,7 @@ def test_directory_is_complete_and_says_nothing_of_quantisation(tiny_gguf: Path,
     assert (directory / "generation_config.json").exists()
     assert "license: mit" in (directory / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (1, 2, 0, 2)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|im_start|>hi<|im_end|>"
 
 

@@ -36,7 +36,7 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     runpy.run_module("llmprune", run_name="__main__", alter_sys=True)
 {PROBE}
 """,
-    "after the real kernels are imported": f"import llmprune.kernels.availability\n{PROBE}",
+    "after llmprune.kernels": f"import llmprune.kernels.availability\n{PROBE}",
 }
 
 
@@ -68,6 +68,10 @@ def installed_kernels(tmp_path: Path) -> Path:
     return package.parent
 
 
+def python_path(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def shipped_modules() -> set[str]:
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "llmprune").rglob("*.py")}
     # Before Python 3.13 rglob does not look into linked folders.
@@ -79,8 +83,8 @@ def test_kernels_folder_has_no_init_file() -> None:
 
 
 def test_wheel_holds_every_module_and_no_top_level_kernels(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*command, str(source)], check=True, stdin=subprocess.DEVNULL)
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*pip_wheel, "--wheel-dir", str(tmp_path), str(source)], check=True, stdin=subprocess.DEVNULL)
     (wheel,) = tmp_path.glob("llmprune-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -116,20 +120,22 @@ def test_transformers_sees_the_installed_kernels_package(
     launch: str, installed_kernels: Path, run_python: Callable[..., str]
 ) -> None:
     code = f"{LAUNCHES[launch]}\nimport kernels; print(kernels.__file__)"
-    *_, available, file = run_python(code, env={"PYTHONPATH": str(installed_kernels)}).splitlines()
+    *_, available, file = run_python(code, env={"PYTHONPATH": python_path(installed_kernels)}).splitlines()
     assert available == "True"
     assert Path(file) == installed_kernels / "kernels" / "__init__.py"
 
 
 @pytest.mark.parametrize("install", [False, True], ids=["not installed", "installed"])
-def test_transformers_is_right_under_pytest_from_the_root(install: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_transformers_is_right_under_pytest_from_the_root(
+    install: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     site = request.getfixturevalue("installed_kernels") if install else tmp_path
     test = tmp_path / "test_probe.py"
-    test.write_text(f"from transformers.utils import is_kernels_available\ndef test(): assert is_kernels_available() is {install}\n")
+    test.write_text(f"import transformers.utils as u\ndef test(): assert u.is_kernels_available() is {install}\n")
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": python_path(site)},
         check=True,
         stdin=subprocess.DEVNULL,
     )

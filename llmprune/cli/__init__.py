@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from ..errors import LLMPruneError
-from . import env, methods, models, plan, prune
+from . import env, methods, models, plan, prune, verify
 
 app = typer.Typer(
     name="llmprune",
@@ -30,17 +31,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     pass
 
 
 app.command("prune", help="Prune a model and write it to a directory that transformers loads.")(prune.command)
-app.command("plan", help="Predict what `prune` with the same options will cost, before anything heavy is loaded.")(
-    plan.command
-)
+app.command("plan", help="Predict what `prune` with the same options will cost, before anything heavy is loaded.")(plan.command)
+app.command("verify", help="Check a pruned directory against its record.")(verify.command)
 app.command("models", help="List the aliases and the supported architectures.")(models.command)
 app.command("methods", help="List the pruning methods.")(methods.command)
 app.command("env", help="Show versions and devices, for bug reports.")(env.command)
@@ -51,5 +49,7 @@ def main() -> None:
     try:
         app()
     except LLMPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Ranks fail together, with one message.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

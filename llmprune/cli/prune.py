@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -21,14 +22,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's record as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
+    main = os.environ.get("RANK", "0") == "0"
     silent = quiet or as_json
-    signal.signal(signal.SIGTERM, _interrupt)
+    # The other ranks, perhaps waiting inside a collective, just end.
+    signal.signal(signal.SIGTERM, _interrupt if main else signal.SIG_DFL)
     try:
         from ..pruning import run
 
-        result = run(
-            recipe, say=(lambda line: None) if silent else lambda line: print(line, flush=True), quiet=silent
-        )
+        result = run(recipe, say=(lambda line: None) if silent else lambda line: print(line, flush=True), quiet=silent)
     except KeyboardInterrupt:
         again = shlex.join([arg for arg in sys.argv[1:] if arg != "--overwrite"])
         print(
@@ -36,6 +37,8 @@ def command(
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
+    if not main:
+        return
     if as_json:
         print(json.dumps({"output": str(result.directory), **result.record}, indent=2))
     elif not quiet:

@@ -1,0 +1,29 @@
+"""`llmprune verify`: check a pruned directory against its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `llmprune prune` wrote.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print problems only.")] = False,
+) -> None:
+    from ..progress import bar
+    from ..verify import read_record, verify
+
+    record = read_record(directory)
+    with bar("verify", len(record["shards"]) + len(record["linears"]), quiet=quiet) as advance:
+        problems = verify(directory, advance_progress=advance)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    if not quiet:
+        print(
+            f"{directory} is whole: {len(record['shards'])} shards have the recorded SHA-256, {len(record['linears'])} "
+            f"linears are {record['recipe']['pattern']} with {record['sparsity']:.2%} zeros, none is NaN or -0.0."
+        )

@@ -1,0 +1,105 @@
+"""Is a pruned directory what its record says? Every shard's hash, every linear's sparsity and pattern, the recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .errors import LLMPruneError
+from .output import RECIPE, RECORD, STATE
+from .patterns import NM, removed_count
+from .recipe import parse_nm
+
+
+def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda name: None) -> list[str]:
+    """What is wrong with a finished output directory, one sentence each; an empty list if nothing is.
+
+    Raises:
+        LLMPruneError: the directory is not a finished result of llmprune.
+    """
+    record = read_record(directory)
+    problems = []
+    shards = record["shards"]
+    for file in sorted(path.name for path in directory.glob("*.safetensors")):
+        if file not in shards:
+            problems.append(f"{file} does not belong to this model.")
+    for file, digest in shards.items():
+        path = directory / file
+        if not path.is_file():
+            problems.append(f"{file} is missing.")
+        else:
+            with open(path, "rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                    problems.append(f"{file} is not what was written: its SHA-256 differs.")
+        advance_progress(file)
+    recipe = directory / RECIPE
+    if not recipe.is_file():
+        problems.append(f"{RECIPE} is missing.")
+    elif hashlib.sha256(recipe.read_bytes()).hexdigest() != record["recipe_sha256"]:
+        problems.append(f"{RECIPE} was changed after the run.")
+    if problems:
+        return problems
+    checkpoint = Checkpoint.open(directory)
+    for name, fact in record["linears"].items():
+        problems += [f"{name}: {problem}" for problem in _check_linear(checkpoint, fact, record["recipe"])]
+        advance_progress(name)
+    return problems
+
+
+def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
+    """The content of llmprune.json.
+
+    Raises:
+        LLMPruneError: it is missing, damaged, or the run is not finished.
+    """
+    file = directory / RECORD
+    if not file.is_file():
+        if (directory / STATE).is_dir():
+            raise LLMPruneError(f"{directory} holds an unfinished run: give its prune command again to finish it.")
+        raise LLMPruneError(f"{directory} holds no {RECORD}: give a directory that llmprune wrote.")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["shards"], record["linears"], record["recipe"], record["recipe_sha256"]  # noqa: B018 - must be there
+    except (ValueError, KeyError, TypeError) as error:
+        raise LLMPruneError(f"{file} is damaged ({error!r}): prune again.") from error
+    return dict(record)
+
+
+def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]:  # type: ignore[type-arg]
+    weight = checkpoint.read(fact["tensor"])
+    weight_OI = weight.T if fact["transposed"] else weight
+    problems = []
+    if not weight.isfinite().all():
+        problems.append("holds NaN or infinite weights.")
+    zero_OI = weight_OI == 0
+    if bool((zero_OI & weight_OI.signbit()).any()):
+        problems.append("holds -0.0.")
+    zeros = int(zero_OI.sum())
+    if zeros != fact["zeros"]:
+        problems.append(f"holds {zeros} zeros, its record says {fact['zeros']}.")
+    if nm := parse_nm(recipe["pattern"]):
+        problems += _check_groups(zero_OI, NM(*nm))
+    elif zeros < _least_zeros(weight_OI, recipe):
+        problems.append(f"is {zeros / weight.numel():.2%} sparse, less than the recipe's {recipe['sparsity']:.2%}.")
+    return problems
+
+
+def _check_groups(zero_OI: Tensor, pattern: NM) -> list[str]:
+    short = zero_OI.reshape(-1, pattern.m).sum(dim=1) < pattern.m - pattern.n
+    if not short.any():
+        return []
+    first = int(torch.nonzero(short)[0])
+    row, column = divmod(first * pattern.m, zero_OI.shape[1])
+    return [f"row {row}, columns {column} to {column + pattern.m - 1} are not {pattern}."]
+
+
+def _least_zeros(weight_OI: Tensor, recipe: dict) -> int:  # type: ignore[type-arg]
+    """The zeros an unstructured recipe promises; counts are rounded down per row, or per block of columns and rows."""
+    rows, columns = weight_OI.shape
+    return rows * removed_count(columns, recipe["sparsity"]) if recipe.get("group") != "layer" else 0

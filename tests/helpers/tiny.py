@@ -1,0 +1,92 @@
+"""Tiny random models of every family, saved as `save_pretrained` saves them, each with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# Sizes are multiples of 4, so that 2:4 fits, and of nothing larger.
+WIDTH, HIDDEN, HEADS, VOCABULARY, LIMIT = 36, 52, 3, 263, 64
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": LIMIT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA = {**_COMMON, "intermediate_size": HIDDEN, "num_key_value_heads": 1, "head_dim": 12}
+# A window shorter than the samples and blocks of both kinds, so that a mask that reaches the wrong block shows.
+_GEMMA = {**_LLAMA, "sliding_window": 5, "query_pre_attn_scalar": 12}
+_OPT = {**_COMMON, "ffn_dim": HIDDEN, "word_embed_proj_dim": 20}
+_NEOX = {**_COMMON, "intermediate_size": HIDDEN, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# Name to (model type, configuration).
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", _LLAMA),
+    "llama_tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**_LLAMA, "sliding_window": 5}),
+    "qwen2": ("qwen2", {**_COMMON, "intermediate_size": HIDDEN, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {**_LLAMA, "use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED}),
+    "gemma2": ("gemma2", {**_GEMMA, "layer_types": MIXED}),
+    "gemma3_text": ("gemma3_text", {**_GEMMA, "layer_types": MIXED}),
+    "phi3": ("phi3", {**_COMMON, "intermediate_size": HIDDEN, "num_key_value_heads": 1}),
+    "opt": ("opt", _OPT),
+    "opt_norm_after": ("opt", {**_OPT, "do_layer_norm_before": False}),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "gpt_neox_in_series": ("gpt_neox", {**_NEOX, "use_parallel_residual": False}),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 3, "n_head": HEADS, "n_inner": HIDDEN, "n_positions": LIMIT}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+    ),
+}
+# As in the published models: Qwen, GPT-NeoX and GPT-2 put no BOS before a text.
+_WITHOUT_BOS = {"qwen2", "qwen3", "gpt_neox", "gpt_neox_in_series", "gpt2"}
+
+
+def build(
+    variant: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **changes: object
+) -> Path:
+    """Save a model of that variant, its configuration changed as given, and its tokenizer into `folder`."""
+    model_type, options = VARIANTS[variant]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**options, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # A fresh model's biases are zero and its norms one: a lost bias or a norm in the wrong place would not show.
+            # Every column has a scale of its own, so that Wanda differs from magnitude.
+            scale = torch.rand(parameter.shape[-1:], generator=generator) if parameter.ndim > 1 else 0.5
+            start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(start + scale * torch.randn(parameter.shape, generator=generator))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    tokenizer(with_bos=variant not in _WITHOUT_BOS).save_pretrained(folder)
+    return folder
+
+
+BLOCKS = {
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt2": "transformer.h",
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"], "model.layers"),
+}
+
+
+@functools.cache
+def tokenizer(*, with_bos: bool) -> PreTrainedTokenizerFast:
+    """One token a byte: ids 3 to 258, after padding, BOS and EOS."""
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if with_bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
