@@ -1,0 +1,127 @@
+"""Kill real pruning processes with SIGKILL and check that what they resume to has the same bytes.
+
+    python tests/helpers/crash_harness.py MODEL WORKDIR --kills 50 -- --method wanda --calibration random --samples 4
+
+Imports once and forks a child per attempt. Half of the kills hit a chosen file operation in the output directory (the n-th open,
+rename or removal, seen through an audit hook), the other half a random moment. A child that finishes is compared with an
+uninterrupted run, then the directory is removed and killing goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from llmprune.errors import LLMPruneError
+from llmprune.pruning import run
+from llmprune.recipe import Recipe
+
+TIMED = ("llmprune.json",)  # holds timings
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in TIMED
+    }
+
+
+def die_at_operation(folder: Path, count: int) -> None:
+    """SIGKILL this process at its n-th file operation below `folder`."""
+    remaining = [count]
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.truncate") and str(folder) in str(args[0]):
+            remaining[0] -= 1
+            if remaining[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def die_after(seconds: float) -> None:
+    """SIGKILL this process after a while, whatever it is doing."""
+
+    def kill() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+def attempt(recipe: Recipe, folder: Path, death: tuple[str, float] | None) -> int:
+    """Run in a forked child; returns its wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        torch.set_num_threads(1)
+        if death:
+            kind, when = death
+            die_at_operation(folder, int(when)) if kind == "operation" else die_after(when)
+        run(recipe, say=lambda line: None, quiet=True)
+        os._exit(0)
+    except LLMPruneError as error:
+        print(f"refused: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except BaseException as error:
+        print(f"failed: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", type=json.loads, default={})
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    folder = options.workdir / "killed"
+    whole = Recipe(model=options.model, output=options.workdir / "whole", **options.recipe)
+    recipe = Recipe(model=options.model, output=folder, **options.recipe)
+    started = time.perf_counter()
+    if attempt(whole, folder, None) != 0:
+        return 1
+    duration = time.perf_counter() - started
+    expected = digests(options.workdir / "whole")
+
+    kills = runs = 0
+    while kills < options.kills or folder.exists():
+        if kills >= options.kills:
+            death = None
+        elif kills % 2:
+            death = ("operation", float(draw.randint(1, 60)))
+        else:
+            death = ("time", draw.uniform(0, duration))
+        status = attempt(recipe, folder, death)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            kills += 1
+            continue
+        if os.waitstatus_to_exitcode(status) != 0:
+            print(f"a resumed run failed after {kills} kills", file=sys.stderr)
+            return 1
+        found = digests(folder)
+        if found != expected:
+            changed = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+            print(f"after {kills} kills these differ: {changed}", file=sys.stderr)
+            return 1
+        runs += 1
+        shutil.rmtree(folder)
+    print(json.dumps({"kills": kills, "finished_runs": runs, "files_compared": len(expected)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Runs that are killed, interrupted, raced, short of disk, or spread over ranks."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llmprune
+from llmprune.checkpoint import Checkpoint
+from llmprune.errors import LLMPruneError
+from llmprune.verify import verify
+
+HARNESS = Path(__file__).parent / "helpers" / "crash_harness.py"
+OPTIONS = {"calibration": "random", "samples": 6, "seqlen": 24}
+FLAGS = [f"--{key}={value}" for key, value in OPTIONS.items()]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def weights(folder):
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.entries}
+
+
+def same(left, right):
+    left, right = weights(left), weights(right)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def launch(ranks, model_dir, output, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "llmprune", "prune"]
+    command += ["--model", str(model_dir), "--output", str(output), *FLAGS, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [{"method": "wanda"}, {"method": "sparsegpt", "sequential": "sublayer"}, {"method": "random", "calibration": None}],
+    ids=lambda recipe: recipe["method"],
+)
+def test_a_run_killed_anywhere_resumes_to_the_same_bytes(model_dir, tmp_path, recipe):
+    kills = int(os.environ.get("LLMPRUNE_KILLS", "6"))
+    options = json.dumps({**OPTIONS, **recipe})
+    command = [sys.executable, str(HARNESS), str(model_dir), str(tmp_path), "--kills", str(kills), "--recipe", options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kills"] == kills
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_room(model_dir, tmp_path, monkeypatch, block):
+    from llmprune import output as output_module
+
+    write_shard = output_module.write_shard
+
+    def full(file, tensors):
+        if any(f"layers.{block}." in name for name in tensors):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_shard(file, tensors)
+
+    monkeypatch.setattr(output_module, "write_shard", full)
+    with pytest.raises(LLMPruneError, match="No space left on device.*same command again"):
+        llmprune.prune(str(model_dir), output=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.undo()
+    llmprune.prune(str(model_dir), output=tmp_path / "out", **OPTIONS)
+    llmprune.prune(str(model_dir), output=tmp_path / "whole", **OPTIONS)
+    assert same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EACCES])
+def test_a_source_that_cannot_be_read_is_one_sentence_with_its_name(model_dir, tmp_path, monkeypatch, fault):
+    real = os.open, open
+
+    def broken(file, mode="r", *args, **kwargs):
+        if str(file).endswith("model.safetensors") and kwargs.get("buffering") == 0:
+            raise OSError(fault, os.strerror(fault))
+        return real[1](file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", broken)
+    with pytest.raises(LLMPruneError, match=r"Could not read .*model\.safetensors"):
+        llmprune.prune(str(model_dir), output=tmp_path / "out", **OPTIONS)
+
+
+def test_a_changed_recipe_or_model_is_refused_by_name_while_a_run_is_unfinished(model_dir, tmp_path, monkeypatch):
+    from llmprune import output as output_module
+
+    def stop(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.Output, "finish", stop)
+        with pytest.raises(OSError, match="full"):
+            llmprune.prune(str(model_dir), output=tmp_path / "out", **OPTIONS)
+    with pytest.raises(LLMPruneError, match="seed was 0, is 1"):
+        llmprune.prune(str(model_dir), output=tmp_path / "out", seed=1, **OPTIONS)
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = weights(model_dir)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors")
+    (other / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    with pytest.raises(LLMPruneError, match="model weights was"):
+        llmprune.prune(str(other), output=tmp_path / "out", **OPTIONS)
+    llmprune.prune(str(model_dir), output=tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupt_prints_the_command_that_resumes(model_dir, tmp_path, number):
+    out = tmp_path / "out"
+    flags = ["--model", str(model_dir), "--output", str(out), "--calibration=random", "--samples=3000", "--seqlen=64"]
+    command = [sys.executable, "-m", "llmprune", "prune", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / ".llmprune" / "journal.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert f"llmprune prune --model {model_dir} --output {out}" in stderr
+    assert not list(out.glob(".*.tmp"))
+    assert not (out / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_two_and_three_ranks_write_the_bytes_of_one(model_dir, tmp_path):
+    llmprune.prune(str(model_dir), output=tmp_path / "one", **OPTIONS)
+    for ranks in (2, 3):
+        done = launch(ranks, model_dir, tmp_path / str(ranks))
+        assert done.returncode == 0, done.stderr
+        assert same(tmp_path / "one", tmp_path / str(ranks))
+
+
+@pytest.mark.slow
+def test_hessian_masks_agree_between_one_and_two_ranks(model_dir, tmp_path):
+    options = {**OPTIONS, "method": "sparsegpt", "dtype": "float32"}
+    llmprune.prune(str(model_dir), output=tmp_path / "one", **options)
+    done = launch(2, model_dir, tmp_path / "two", "--method=sparsegpt", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    differing = sum(int(((one[name] == 0) != (two[name] == 0)).sum()) for name in one)
+    # Hessians are float32 sums whose order depends on the number of ranks; near-ties may fall the other way.
+    assert differing <= 1e-3 * sum(tensor.numel() for tensor in one.values())
+
+
+@pytest.mark.slow
+def test_more_ranks_than_samples_is_one_sentence(model_dir, tmp_path):
+    done = launch(2, model_dir, tmp_path / "out", "--samples=1")
+    assert done.returncode != 0
+    assert done.stderr.count("error: 2 ranks cannot share 1 calibration samples") == 1
+
+
+@pytest.fixture
+def finished(model_dir, tmp_path):
+    llmprune.prune(str(model_dir), output=tmp_path / "out", pattern="2:4", **OPTIONS)
+    return tmp_path / "out"
+
+
+def test_a_finished_output_verifies(finished):
+    assert verify(finished) == []
+
+
+def test_one_flipped_byte_anywhere_in_a_shard_is_found(finished):
+    shard = finished / "model-00003-of-00005.safetensors"
+    content = bytearray(shard.read_bytes())
+    for position in (0, 9, len(content) // 2, len(content) - 1):
+        content[position] ^= 1
+        shard.write_bytes(content)
+        assert any(shard.name in problem for problem in verify(finished))
+        content[position] ^= 1
+        shard.write_bytes(content)
+    assert verify(finished) == []
+
+
+def rewritten(folder, change):
+    """Change a tensor and make the shard's hash agree, as a tool that re-saves would."""
+    import hashlib
+
+    shard = folder / "model-00002-of-00005.safetensors"
+    checkpoint = Checkpoint.open(folder)
+    tensors = {name: checkpoint.read(name) for name, entry in checkpoint.entries.items() if entry.file == shard}
+    change(tensors["model.layers.0.mlp.up_proj.weight"])
+    save_file(tensors, shard, metadata={"format": "pt"})
+    record = json.loads((folder / "llmprune.json").read_text())
+    record["shards"][shard.name] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    (folder / "llmprune.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda w: w[0].fill_(1.0), r"row 0, columns 0 to 3 are not 2:4"),
+        (lambda w: w[w == 0].numel() and w.copy_(torch.where(w == 0, -0.0, w)), r"holds -0\.0"),
+        (lambda w: w[0, :].fill_(float("nan")), "NaN"),
+        (lambda w: w[3].fill_(0.0), "its record says"),
+    ],
+    ids=["pattern", "negative-zero", "nan", "more-zeros"],
+)
+def test_weights_that_break_the_record_are_found(finished, change, problem):
+    import re
+
+    rewritten(finished, change)
+    assert any(re.search(problem, found) for found in verify(finished))
+
+
+def test_a_changed_recipe_file_is_found(finished):
+    (finished / "recipe.yaml").write_text("method: magnitude\n")
+    assert verify(finished) == ["recipe.yaml was changed after the run."]
+
+
+def test_an_unfinished_or_foreign_directory_is_not_verified(model_dir, tmp_path):
+    with pytest.raises(LLMPruneError, match="give a directory that llmprune wrote"):
+        verify(model_dir)
+    (tmp_path / ".llmprune").mkdir()
+    with pytest.raises(LLMPruneError, match="unfinished run"):
+        verify(tmp_path)
