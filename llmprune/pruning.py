@@ -114,7 +114,7 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     if not ranks.is_main:
         say, quiet = _silence, True
     ready = ranks.main_first(lambda: prepare(recipe, say))
-    recipe, skeleton = ready.recipe, ready.skeleton
+    recipe = ready.recipe
     for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch"):
         if key in ready.reasons:
             say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
@@ -161,6 +161,8 @@ def _open_output(ready: Prepared, identity: dict[str, str], ranks: Ranks) -> Out
     if ranks.is_main and not output.complete:
         try:
             output.check_space()
+            if "outer" not in output.journal.steps:
+                skeleton.check_outer()
         except LLMPruneError:
             output.release()
             raise
@@ -229,7 +231,9 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
 
 def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
     recipe, skeleton = ready.recipe, ready.skeleton
-    assert recipe.calibration and recipe.samples and recipe.seqlen and recipe.device
+    assert recipe.calibration
+    assert recipe.samples
+    assert recipe.seqlen
 
     def write_own(samples: int, seqlen: int, seed: int) -> torch.Tensor:
         return sampling.sample_from_model(

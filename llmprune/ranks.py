@@ -41,18 +41,21 @@ class Ranks:
     def share(self, samples: int, micro_batch: int) -> slice:
         """This rank's samples: whole micro-batches, so that any number of ranks runs the same forwards.
 
+        Where there are fewer micro-batches than ranks, single samples are shared out: more forwards of fewer samples.
+
         Raises:
-            LLMPruneError: there are fewer micro-batches than ranks.
+            LLMPruneError: there are fewer samples than ranks.
         """
-        batches = -(-samples // micro_batch)
-        if batches < self.size:
+        if samples < self.size:
             raise LLMPruneError(
-                f"{self.size} ranks cannot share {samples} calibration samples in micro-batches of {micro_batch}: start "
-                f"at most {batches} processes or take more samples."
+                f"{self.size} ranks cannot share {samples} calibration samples: start at most {samples} processes or take "
+                "more samples."
             )
-        first = batches * self.rank // self.size
-        last = batches * (self.rank + 1) // self.size
-        return slice(first * micro_batch, min(last * micro_batch, samples))
+        unit = micro_batch if -(-samples // micro_batch) >= self.size else 1
+        units = -(-samples // unit)
+        first = units * self.rank // self.size
+        last = units * (self.rank + 1) // self.size
+        return slice(first * unit, min(last * unit, samples))
 
     def add(self, statistic: Statistic) -> None:
         """Sum a statistic over all ranks, in place.

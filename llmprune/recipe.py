@@ -41,7 +41,8 @@ def parse_nm(text: str) -> tuple[int, int] | None:
 class Recipe(BaseModel):
     """All options of a pruning run. None means: choose for this model and machine, and say why."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The validator is built when it is first used: `--help` needs the fields only.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     model: str = Field(description="Directory, Hub id, GGUF file, or an alias such as llama.")
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")

@@ -20,10 +20,11 @@ arguments (masks per layer type, position embeddings, ...) that the model would 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,9 +78,20 @@ class Activations:
         if offload is None:
             self.states_NTI = torch.empty(shape, dtype=dtype)
         else:
-            offload.mkdir(parents=True, exist_ok=True)
             self.file = offload / f"llmprune-activations-{time.time_ns():x}.bin"
             count = shape[0] * shape[1] * shape[2]
+            try:
+                offload.mkdir(parents=True, exist_ok=True)
+                with open(self.file, "wb") as stream:
+                    # A mapped file with holes is a SIGBUS when the disk runs full; without them it is an error here.
+                    os.posix_fallocate(stream.fileno(), 0, count * dtype.itemsize)
+            except OSError as error:
+                if self.file.exists():
+                    self.file.unlink()
+                raise LLMPruneError(
+                    f"--offload-activations {offload} cannot hold {count * dtype.itemsize / 1e9:.2f} GB of activations "
+                    f"({error}): give a directory on a disk with room."
+                ) from error
             self.states_NTI = torch.from_file(str(self.file), shared=True, size=count, dtype=dtype).view(shape)
             # The mapping keeps the file alive; without a name nothing is left behind, however the run ends.
             self.file.unlink()
@@ -184,11 +196,8 @@ class Stream:
 
         with self.clock.measure("capture"), self.outer_loaded():
             for batch in range(len(self.batches)):
-                with self.blocks_replaced(partial(record, batch)):
-                    try:
-                        self.skeleton.model.base_model(input_ids=self._ids(batch), use_cache=False)
-                    except _Stop:
-                        pass
+                with self.blocks_replaced(partial(record, batch)), suppress(_Stop):
+                    self.skeleton.model.base_model(input_ids=self._ids(batch), use_cache=False)
 
     @contextmanager
     def outer_loaded(self) -> Iterator[None]:
@@ -286,16 +295,7 @@ class Stream:
             assert self.output is not None
             written = self.output.read_block(index)
             return {name: written[self.skeleton.stored_names[name]] for name in self.skeleton.block_parameters(index)}
-        tensors = {}
-        for name in self.skeleton.block_parameters(index):
-            stored_name = self.skeleton.stored_names[name]
-            tensor = self.skeleton.checkpoint.read(stored_name)
-            if not tensor.isfinite().all():
-                raise LLMPruneError(
-                    f"Tensor {stored_name!r} holds NaN or infinite weights: the checkpoint is damaged, get it again."
-                )
-            tensors[name] = tensor
-        return tensors
+        return {name: self.skeleton.read(name) for name in self.skeleton.block_parameters(index)}
 
     def _stored_tensors(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.skeleton.stored_names[name]: tensor for name, tensor in stored.items()}

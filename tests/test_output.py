@@ -59,8 +59,7 @@ def test_a_file_that_shrinks_while_we_read_is_an_error_with_its_name(source):
     file = source.directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(LLMPruneError, match=r"model\.safetensors"):
-        for name in source.entries:
-            source.read(name)
+        [source.read(name) for name in source.entries]
 
 
 def test_a_finished_directory_is_a_model_and_its_journal_is_gone(source, tmp_path):

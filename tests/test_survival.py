@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_room(mode
         return write_shard(file, tensors)
 
     monkeypatch.setattr(output_module, "write_shard", full)
-    with pytest.raises(LLMPruneError, match="No space left on device.*same command again"):
+    with pytest.raises(LLMPruneError, match=r"No space left on device.*same command again"):
         llmprune.prune(str(model_dir), output=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out" / "config.json").exists()
     monkeypatch.undo()

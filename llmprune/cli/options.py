@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -59,15 +58,9 @@ def _flag(name: str) -> object:
 
 def _metavar(annotation: object) -> str:
     """What a value looks like: its choices where there are some, else its type."""
-    members = [
-        member
-        for member in (typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation])
-        if member is not type(None)
-    ]
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        members = [member for member in typing.get_args(annotation) if member is not type(None)]
-    choices = typing.get_args(members[0])
-    if choices:
+    members = [member for member in typing.get_args(annotation) if member is not type(None)] or [annotation]
+    if typing.get_origin(annotation) is typing.Literal:
+        members = [annotation]
+    if choices := typing.get_args(members[0]):
         return "|".join(str(choice) for choice in choices)
-    names = {str: "TEXT", int: "INT", float: "FLOAT", Path: "PATH"}
-    return names.get(members[0], "TEXT")  # type: ignore[call-overload,no-any-return]
+    return {int: "INT", float: "FLOAT", Path: "PATH"}.get(typing.cast(type, members[0]), "TEXT")

@@ -1,7 +1,7 @@
 """SparseGPT: remove weights by their effect on the layer's output and let the others make up for it.
 
-Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot" (arXiv 2301.00774), section 3
-and algorithm 1. With H = X^T X (damped) and U the upper Cholesky factor of H^-1 (U^T U = H^-1), columns are visited from
+Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot" (arXiv 2301.00774),
+section 3 and algorithm 1. With H = X^T X (damped) and U the upper Cholesky factor of H^-1 (U^T U = H^-1), columns are visited from
 left to right; removing weight w of column i costs w^2 / U_ii^2 and is made up for by the later columns of its row:
 
     e = w / U_ii,        W_{i:} <- W_{i:} - e U_{i,i:}                                       (equations 3 and 4)
@@ -68,7 +68,7 @@ def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern) -> Tensor:
     """Prune one matrix and update what stays: algorithm 1. Returns new weights, float32 [O, I]."""
     # Columns are visited one by one, so they are laid out as rows.
     weight_IO = weight_OI.T.contiguous()
-    inputs, outputs = weight_IO.shape
+    inputs = len(weight_IO)
     columns = COLUMNS if not isinstance(pattern, NM) else max(COLUMNS // pattern.m, 1) * pattern.m
     for start in range(0, inputs, columns):
         stop = min(start + columns, inputs)

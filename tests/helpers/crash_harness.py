@@ -2,7 +2,7 @@
 
     python tests/helpers/crash_harness.py MODEL WORKDIR --kills 50 -- --method wanda --calibration random --samples 4
 
-Imports once and forks a child per attempt. Half of the kills hit a chosen file operation in the output directory (the n-th open,
+Imports once, forks a child per attempt. Half of the kills hit a chosen file operation in the output directory (the n-th open,
 rename or removal, seen through an audit hook), the other half a random moment. A child that finishes is compared with an
 uninterrupted run, then the directory is removed and killing goes on.
 """

@@ -44,7 +44,7 @@ def sparsegpt(
         New weights float64 [O, I] and the removed mask.
     """
     weight_OI = weight_OI.double().clone()
-    outputs, inputs = weight_OI.shape
+    inputs = weight_OI.shape[1]
     hessian_II = 2 * inputs_TI.double().T @ inputs_TI.double()
     hessian_II += damping * hessian_II.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
     upper_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True)
