@@ -95,16 +95,22 @@ class NM:
         score_GM = score_OI.reshape(-1, self.m)
         if self.m > 8:
             return ~lowest(score_GM, self.m - self.n).view(rows, columns)
-        # A weight's rank is the number of weights in its group that go before it. Comparing all pairs
-        # is branch-free and several times faster than sorting millions of tiny groups.
-        lanes = score_GM.unbind(1)
-        ranks = [torch.zeros_like(lanes[0], dtype=torch.int8) for _ in lanes]
+        return self.keep_lanes(score_GM.T).T.reshape(rows, columns)
+
+    def keep_lanes(self, score_MG: Tensor) -> Tensor:
+        """Keep mask of groups laid out as columns: bool [M, groups].
+
+        A weight's rank is the number of weights in its group that go before it. Comparing all pairs is branch-free and
+        several times faster than sorting millions of tiny groups.
+        """
+        lanes = score_MG.unbind(0)
+        rank_MG = torch.zeros_like(score_MG, dtype=torch.int8)
         for j in range(self.m):
             for i in range(j):
-                later_first = lanes[j] < lanes[i]
-                ranks[i] += later_first
-                ranks[j] += ~later_first
-        return (torch.stack(ranks, dim=1) >= self.m - self.n).view(rows, columns)
+                later_first_G = lanes[j] < lanes[i]
+                rank_MG[i] += later_first_G
+                rank_MG[j] += ~later_first_G
+        return rank_MG >= self.m - self.n
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

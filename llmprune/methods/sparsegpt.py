@@ -28,7 +28,9 @@ from ..stream import Stream
 STATISTIC = Hessian
 
 DAMPING = 0.01
-COLUMNS = 128
+# Masks are chosen for this many columns at a time (the paper's B_s), and updates within them are applied to the rest of this
+# many columns at once: one rank-1 update per column is bound by memory, products are not.
+COLUMNS, STRIP = 128, 16
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
@@ -44,48 +46,51 @@ def prune(stream: Stream, recipe: Recipe) -> None:
 def inverse_factor(hessian_II: Tensor) -> Tensor:
     """Upper Cholesky factor U of the damped inverse, U^T U = (H + 0.01 mean(diag H) I)^-1, float32 [I, I].
 
+    Computed in float64: with outlier inputs the condition number passes 1e5, and float32 would lose all but two digits.
+
     Raises:
         LLMPruneError: H is not positive definite even so.
     """
+    hessian_II = hessian_II.double()
     diagonal_I = hessian_II.diagonal()
     mean = diagonal_I.mean()
     scale = torch.where(mean > 0, mean, 1.0)
     # An input that was zero throughout has a zero row: whatever its weights are, the output is the same.
     dead_I = diagonal_I == 0
     damped_II = hessian_II + torch.diag(torch.where(dead_I, 1e-6, DAMPING) * scale)
-    # H^-1 = U^T U with U upper is the Cholesky factorisation of H in reversed order: if P H P = L L^T, then
-    # U = (P L P)^-1, upper. One factorisation and one triangular inverse, instead of two factorisations and an inverse.
+    # U^T U = H^-1 with U upper is the factorisation of H in reversed order: if P H P = L L^T, then U = (P L P)^-1. One
+    # factorisation and one triangular inverse, instead of two factorisations and an inverse.
     lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
     if failed.any():
         raise LLMPruneError(
             "The Hessian of a linear's inputs is not positive definite: calibrate on more samples or another text."
         )
     identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-    return torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1)
+    return torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1).float()
 
 
 def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern) -> Tensor:
     """Prune one matrix and update what stays: algorithm 1. Returns new weights, float32 [O, I]."""
     # Columns are visited one by one, so they are laid out as rows.
     weight_IO = weight_OI.T.contiguous()
-    inputs = len(weight_IO)
-    columns = COLUMNS if not isinstance(pattern, NM) else max(COLUMNS // pattern.m, 1) * pattern.m
-    for start in range(0, inputs, columns):
-        stop = min(start + columns, inputs)
-        part_CO = weight_IO[start:stop]
-        part_CC = factor_II[start:stop, start:stop]
-        scale_C1 = part_CC.diagonal()[:, None]
-        if not isinstance(pattern, NM):
-            drop_CO = ~pattern.keep((part_CO / scale_C1).square().T).T.contiguous()
-        errors_CO = torch.empty_like(part_CO)
-        for i in range(stop - start):
-            if isinstance(pattern, NM) and i % pattern.m == 0:
-                group = slice(i, i + pattern.m)
-                drop_MO = ~pattern.keep((part_CO[group] / scale_C1[group]).square().T).T
-            drop_O = drop_MO[i % pattern.m] if isinstance(pattern, NM) else drop_CO[i]
-            torch.div(part_CO[i], part_CC[i, i], out=errors_CO[i])
-            errors_CO[i] *= drop_O
-            part_CO[i + 1 :].addr_(part_CC[i, i + 1 :], errors_CO[i], alpha=-1)
-            part_CO[i].masked_fill_(drop_O, 0.0)
-        weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, errors_CO, alpha=-1)
+    error_IO = torch.empty_like(weight_IO)
+    nm = pattern if isinstance(pattern, NM) else None
+    strip = max(STRIP // nm.m, 1) * nm.m if nm else STRIP
+    columns = max(COLUMNS // strip, 1) * strip
+    diagonal_I1 = factor_II.diagonal()[:, None]
+    for start in range(0, len(weight_IO), columns):
+        stop = min(start + columns, len(weight_IO))
+        drop_CO = None if nm else ~pattern.keep((weight_IO[start:stop] / diagonal_I1[start:stop]).square().T).T.contiguous()
+        for left in range(start, stop, strip):
+            right = min(left + strip, stop)
+            for i in range(left, right):
+                if nm and (i - start) % nm.m == 0:
+                    group = slice(i, i + nm.m)
+                    drop_MO = ~nm.keep_lanes((weight_IO[group] / diagonal_I1[group]).square())
+                drop_O = drop_MO[(i - start) % nm.m] if nm else drop_CO[i - start]
+                torch.mul(weight_IO[i], drop_O / factor_II[i, i], out=error_IO[i])
+                weight_IO[i + 1 : right].addr_(factor_II[i, i + 1 : right], error_IO[i], alpha=-1)
+                weight_IO[i].masked_fill_(drop_O, 0.0)
+            weight_IO[right:stop].addmm_(factor_II[left:right, right:stop].T, error_IO[left:right], alpha=-1)
+        weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_IO[start:stop], alpha=-1)
     return weight_IO.T
