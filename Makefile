@@ -6,7 +6,7 @@ BASE_PYTHON ?= python3
 PYTHON := $(abspath $(VENV))/bin/python
 INSTALLED := $(VENV)/.llmprune-installed
 
-.PHONY: venv demo test check format bench clean
+.PHONY: venv demo test test-crash check format bench clean
 .DEFAULT_GOAL := test
 
 venv: $(INSTALLED)
@@ -23,6 +23,9 @@ demo: venv
 
 test: venv
 	$(PYTHON) -m pytest $(ARGS)
+
+test-crash: venv
+	LLMPRUNE_KILLS=50 $(PYTHON) -m pytest tests/test_survival.py -k killed
 
 check: venv
 	$(PYTHON) -m ruff check .

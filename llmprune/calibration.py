@@ -108,14 +108,13 @@ def evaluation_set(
         source: a corpus, see `llmprune.corpus`; `self` and `random` measure nothing and are refused.
         tokenizer: the model's own; only text needs it if `vocab_size` is given.
         seqlen: tokens in each window, BOS included, at least 2.
-        windows: only the first so many; None for all of the text.
+        windows: at most the first so many; None for all of the text.
         vocab_size: ready ids lie below it; by default the tokenizer's.
 
     Raises:
         LLMPruneError: the source does not exist, cannot be read, or holds too little.
     """
-    least = 1 if windows is None else windows
-    _check_at_least(least, 1, "the number of evaluation windows")
+    _check_at_least(1 if windows is None else windows, 1, "the number of evaluation windows")
     _check_at_least(seqlen, 2, "the sequence length")
     if source in ("self", "random"):
         raise LLMPruneError(f"perplexity on {source!r} tokens measures nothing: give a text, e.g. wikitext2")
@@ -124,7 +123,7 @@ def evaluation_set(
     name, column, records = open_corpus(source, "evaluation", limit)
     if column == "input_ids":
         return _ready_ids(records, name, _vocabulary(vocab_size, tokenizer), windows, seqlen)
-    windows_WT, text_note = _windows(records, name, column, tokenizer, seqlen, limit, least=least)
+    windows_WT, text_note = _windows(records, name, column, tokenizer, seqlen, limit, least=1)
     ids_NT = windows_WT[:windows].clone()  # a view would keep all the windows in memory
     return _token_set(ids_NT, name, f"first {len(ids_NT):,} disjoint windows of {seqlen} tokens; {text_note}")
 

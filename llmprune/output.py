@@ -190,7 +190,12 @@ class Output:
     def _prepare(self, overwrite: bool) -> None:
         directory = self.directory
         check_directory(directory, self.checkpoint.directory, overwrite=overwrite)
-        (directory / STATE).mkdir(parents=True, exist_ok=True)
+        try:
+            (directory / STATE).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LLMPruneError(
+                f"Cannot create {directory} ({error.strerror}): give an --output where you may write."
+            ) from error
         self._take_lock()
         if overwrite:
             self._clear()
@@ -220,9 +225,11 @@ class Output:
         self._lock.flush()
 
     def _clear(self) -> None:
-        """Remove an earlier model: its weights, index and our own files. Other files stay."""
-        (self.directory / RECORD).unlink(missing_ok=True)
-        for pattern in ("model*.safetensors", INDEX, "pytorch_model*.bin*", ".*.tmp"):
+        """Remove an earlier model: its weights and index, and whatever else an earlier run put here. Other files stay."""
+        record = self.directory / RECORD
+        copied = (RECIPE, *COPIED) if record.exists() else ()
+        record.unlink(missing_ok=True)
+        for pattern in ("model*.safetensors", INDEX, "pytorch_model*.bin*", ".*.tmp", *copied):
             for file in self.directory.glob(pattern):
                 file.unlink()
         (self.directory / STATE / "journal.jsonl").unlink(missing_ok=True)
@@ -309,6 +316,9 @@ class Output:
         except ValueError as error:
             raise LLMPruneError(f"{file} is damaged ({error}): pass --overwrite to start afresh.") from error
 
+    def write_record(self, record: Facts) -> None:
+        write_text(self.directory / RECORD, json.dumps(record, indent=2) + "\n")
+
     def as_checkpoint(self) -> Checkpoint:
         """What has been written so far, as a checkpoint."""
         entries: dict[str, Entry] = {}
@@ -343,7 +353,7 @@ class Output:
                         shutil.copyfile(file, self.directory / file.name)
             write_text(self.directory / RECIPE, recipe)
             write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
-            write_text(self.directory / RECORD, json.dumps(full, indent=2) + "\n")
+            self.write_record(full)
         self.complete = True
         self.release()
 

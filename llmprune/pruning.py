@@ -17,6 +17,7 @@ import torch
 
 from . import __version__, calibration, methods, sampling, settings
 from .calibration import TokenSet
+from .checkpoint import Checkpoint
 from .errors import LLMPruneError
 from .evaluate import perplexity
 from .methods import Method
@@ -102,6 +103,8 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
                     f"Pattern {recipe.pattern} does not fit {linear.name!r}: its {linear.shape[1]} inputs do not divide "
                     f"into groups of {nm[1]}; use another M."
                 )
+    for warning in settings.ignored(recipe, method):
+        say(f"warning: {warning}.")
     recipe, settled = settings.settle(recipe, skeleton, method)
     coverage = skeleton.prunable_parameters() / skeleton.decoder_parameters()
     return Prepared(recipe, reasons | settled, source, skeleton, method, coverage)
@@ -130,14 +133,18 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     try:
         output.complete = bool(ranks.from_main(output.complete))
         if output.complete:
-            say(f"{output.directory} already holds this run's finished result; nothing to do.")
-            return Result(output.directory, output.read_record())
+            say(f"{output.directory} already holds this run's finished result.")
+            record = output.read_record()
+            if evaluation and not _measured(record, evaluation):
+                record["perplexity"] = _evaluate(ready, Checkpoint.open(output.directory), evaluation, quiet)
+                output.write_record(record)
+            return Result(output.directory, record)
         output.finished_blocks = ranks.from_main(output.finished_blocks)
         clock = _stream_blocks(ready, output, tokens, ranks, say, quiet)
         if ranks.is_main:
             record = _record(ready, output, tokens, clock)
             if evaluation:
-                record["perplexity"] = _evaluate(ready, output, evaluation, quiet)
+                record["perplexity"] = _evaluate(ready, output.as_checkpoint(), evaluation, quiet)
             record["seconds"] = round(time.time() - started, 1)
             record["peak_rss_bytes"] = peak_rss()
             output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
@@ -278,9 +285,13 @@ def _evaluation_set(ready: Prepared) -> TokenSet:
     )
 
 
-def _evaluate(ready: Prepared, output: Output, text: TokenSet, quiet: bool) -> dict[str, object]:
+def _measured(record: dict[str, object], text: TokenSet) -> bool:
+    found = record.get("perplexity")
+    return isinstance(found, dict) and found.get("tokens_sha256") == text.sha256
+
+
+def _evaluate(ready: Prepared, pruned: Checkpoint, text: TokenSet, quiet: bool) -> dict[str, object]:
     """Token perplexity of the dense and of the pruned model on the same windows."""
-    pruned = output.as_checkpoint()
     values = {}
     for label, checkpoint in (("dense", ready.skeleton.checkpoint), ("pruned", pruned)):
         skeleton = ready.skeleton.with_checkpoint(checkpoint)
@@ -298,7 +309,8 @@ def _evaluate(ready: Prepared, output: Output, text: TokenSet, quiet: bool) -> d
 def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
     """What must be equal for two runs to give the same bytes."""
     recipe = ready.recipe.model_dump(mode="json")
-    identity = {key: str(recipe[key]) for key in DECISIVE}
+    # Without calibration the sequence length is only the evaluation's.
+    identity = {key: str(recipe[key]) for key in DECISIVE if tokens or key != "seqlen"}
     identity["device"] = ready.skeleton.device.type
     identity["model weights"] = ready.skeleton.checkpoint.fingerprint()[:16]
     config = (ready.source.directory / "config.json").read_bytes()

@@ -20,6 +20,10 @@ CPU_SECONDS, CPU_FLOPS = 120, 50e9
 CPU_SEQLEN = 512
 MIN_SAMPLES = 8
 
+# Options that only a method that observes activations has a use for.
+CALIBRATION_ONLY = ("calibration", "samples", "micro_batch", "offload_activations")
+DEFAULT_ORDER = {"propagate": "pruned", "sequential": "block"}
+
 
 def cores() -> int:
     """Processors this process may use."""
@@ -59,6 +63,19 @@ def choose_dtype(recipe: Recipe, device: str, stored: torch.dtype) -> tuple[str,
     return name, "the checkpoint's own"
 
 
+def ignored(recipe: Recipe, method: Method) -> list[str]:
+    """One warning for each option that was given and has no effect here."""
+    given = recipe.model_fields_set
+    warnings = []
+    if method.STATISTIC is None:
+        flags = [f"--{key.replace('_', '-')}" for key in (*CALIBRATION_ONLY, *DEFAULT_ORDER) if key in given]
+        if flags:
+            warnings.append(f"{recipe.method} looks at no data, so {', '.join(flags)} had no effect")
+    elif recipe.propagate == "dense" and recipe.sequential == "sublayer":
+        warnings.append("--sequential sublayer had no effect: with --propagate dense a block runs once, as it is")
+    return warnings
+
+
 def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, dict[str, str]]:
     """Fill in samples, sequence length, micro-batch and calibration source.
 
@@ -80,7 +97,7 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
     if recipe.seqlen and limit and recipe.seqlen > limit:
         raise LLMPruneError(f"--seqlen {recipe.seqlen} is beyond the {limit} tokens this model takes: use at most {limit}.")
     if method.STATISTIC is None:
-        return recipe.model_copy(update=values), reasons
+        return recipe.model_copy(update=values | dict.fromkeys(CALIBRATION_ONLY) | DEFAULT_ORDER), reasons
 
     on_gpu = skeleton.device.type == "cuda"
     seqlen = recipe.seqlen or min(limit or PAPER_SEQLEN, PAPER_SEQLEN if on_gpu else CPU_SEQLEN)
@@ -110,4 +127,6 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
             choose("calibration", "c4", "the papers' text")
         else:
             choose("calibration", "self", "the Hub cannot be reached, so the model writes its own text")
+    if recipe.propagate == "dense":
+        values["sequential"] = "block"
     return recipe.model_copy(update=values), reasons

@@ -173,6 +173,13 @@ def test_inverse_factor_is_upper_and_inverts_the_damped_hessian():
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(50), rtol=0, atol=2e-3)
 
 
+def test_sparsegpt_leaves_its_argument_alone_even_if_it_is_a_transposed_view():
+    weight, inputs = layer(6, 40)
+    stored_IO = weight.T.contiguous()
+    our_sparsegpt(stored_IO.T, inputs, Unstructured(0.5, "layer"))
+    assert torch.equal(stored_IO.T, weight)
+
+
 def test_fewer_tokens_than_inputs_give_finite_weights():
     weight, inputs = layer(4, 80, tokens=5)
     assert our_sparsegpt(weight, inputs, Unstructured(0.5, "layer")).isfinite().all()

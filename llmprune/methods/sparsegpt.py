@@ -1,8 +1,8 @@
 """SparseGPT: remove weights by their effect on the layer's output and let the others make up for it.
 
 Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot" (arXiv 2301.00774),
-section 3 and algorithm 1. With H = X^T X (damped) and U the upper Cholesky factor of H^-1 (U^T U = H^-1), columns are visited from
-left to right; removing weight w of column i costs w^2 / U_ii^2 and is made up for by the later columns of its row:
+section 3 and algorithm 1. With H = X^T X (damped) and U the upper Cholesky factor of H^-1 (U^T U = H^-1), columns are visited
+from left to right; removing weight w of column i costs w^2 / U_ii^2 and is made up for by the later columns of its row:
 
     e = w / U_ii,        W_{i:} <- W_{i:} - e U_{i,i:}                                       (equations 3 and 4)
 
@@ -72,7 +72,7 @@ def inverse_factor(hessian_II: Tensor) -> Tensor:
 def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern) -> Tensor:
     """Prune one matrix and update what stays: algorithm 1. Returns new weights, float32 [O, I]."""
     # Columns are visited one by one, so they are laid out as rows.
-    weight_IO = weight_OI.T.contiguous()
+    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     error_IO = torch.empty_like(weight_IO)
     nm = pattern if isinstance(pattern, NM) else None
     strip = max(STRIP // nm.m, 1) * nm.m if nm else STRIP
@@ -80,7 +80,8 @@ def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern) -> Tensor:
     diagonal_I1 = factor_II.diagonal()[:, None]
     for start in range(0, len(weight_IO), columns):
         stop = min(start + columns, len(weight_IO))
-        drop_CO = None if nm else ~pattern.keep((weight_IO[start:stop] / diagonal_I1[start:stop]).square().T).T.contiguous()
+        if not nm:
+            drop_CO = ~pattern.keep((weight_IO[start:stop] / diagonal_I1[start:stop]).square().T).T.contiguous()
         for left in range(start, stop, strip):
             right = min(left + strip, stop)
             for i in range(left, right):
