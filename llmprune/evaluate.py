@@ -35,7 +35,7 @@ def perplexity(
         skeleton: the model.
         ids_NT: windows of token ids, int64 [windows, tokens].
         micro_batch: windows per forward.
-        advance_progress: called once per block.
+        advance_progress: called once per block, then once per micro-batch.
     """
     stream = Stream(skeleton, ids_NT, micro_batch=micro_batch, keep_last=True, advance_progress=advance_progress)
     for _ in stream.blocks():
@@ -44,6 +44,7 @@ def perplexity(
     with stream.outer_loaded():
         for batch in range(len(stream.batches)):
             total += _loss(stream, batch)
+            advance_progress(f"window {batch}")
     # Every window predicts the same number of tokens, so the mean over windows is the mean over tokens.
     value = math.exp(total / len(ids_NT))
     if not math.isfinite(value):

