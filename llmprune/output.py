@@ -25,13 +25,14 @@ from typing import TextIO
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import INDEX, Checkpoint, Entry, read_header, sync_directory, write_shard, write_text
+from .checkpoint import INDEX, Checkpoint, Entry, copy_file, read_header, sync_directory, write_shard, write_text
 from .errors import LLMPruneError
 
 RECORD = "llmprune.json"
 RECIPE = "recipe.yaml"
 STATE = ".llmprune"
 SHARD_BYTES = 5 * 10**9
+OUTER_BYTES = 5 * 10**8
 # What makes a checkpoint usable besides its weights. Code is copied only with a model that needs it.
 COPIED = (
     "config.json",
@@ -59,31 +60,34 @@ class Journal:
     Args:
         file: the journal's path.
         identity: what must be the same for a run to continue, by name.
+        settled: the recipe with every open value filled in; a run that continues takes its open values from here.
 
     Raises:
         LLMPruneError: the journal belongs to a run with another identity, or is damaged before its last line.
     """
 
-    def __init__(self, file: Path, identity: Mapping[str, str]) -> None:
+    def __init__(self, file: Path, identity: Mapping[str, str], settled: Facts | None = None) -> None:
         self.file = file
         self.steps: dict[str, dict[str, object]] = {}
         if file.exists():
             for number, step in enumerate(self._read_lines()):
                 if number == 0:
                     check_identity(step, identity, file.parent.parent)
-                else:
+                elif {"step", "files", "facts"} <= step.keys():
                     self.steps[str(step["step"])] = step
+                else:
+                    raise LLMPruneError(f"{file} is damaged in line {number + 1}: pass --overwrite to start afresh.")
         else:
-            self._append({"identity": dict(identity)}, fresh=True)
+            self._append({"identity": dict(identity), "recipe": dict(settled or {})}, fresh=True)
 
     def _read_lines(self) -> list[dict[str, object]]:
         lines = self.file.read_text().splitlines(keepends=True)
         parsed: list[dict[str, object]] = []
         for number, line in enumerate(lines, 1):
             try:
-                parsed.append(json.loads(line))
+                parsed.append(dict(json.loads(line)))
                 whole = line.endswith("\n")
-            except ValueError:
+            except (ValueError, TypeError):
                 whole = False
             if not whole:
                 if number < len(lines) or number == 1:
@@ -146,7 +150,7 @@ class Output:
         checkpoint: the source checkpoint.
         blocks: names of each block's tensors.
         outer: names of the tensors outside the blocks; they are copied as they are.
-        identity: see `Journal`.
+        identity, settled: see `Journal`.
         overwrite: start afresh whatever is there.
         follow: only read, as the ranks do that are not the main one: no lock, no journal, nothing written.
 
@@ -162,12 +166,16 @@ class Output:
         outer: Sequence[str],
         identity: Mapping[str, str],
         *,
+        settled: Facts | None = None,
         overwrite: bool = False,
         follow: bool = False,
     ) -> None:
         self.directory, self.checkpoint, self.identity = directory, checkpoint, dict(identity)
+        self.settled = settled
         self._lock: TextIO | None = None
-        groups = [_split(names, checkpoint.entries) for names in (outer, *blocks)]
+        # What lies outside the blocks is copied a shard at a time, so these shards decide how much memory that takes.
+        groups = [_split(outer, checkpoint.entries, OUTER_BYTES)]
+        groups += [_split(names, checkpoint.entries, SHARD_BYTES) for names in blocks]
         total = sum(len(group) for group in groups)
         self._shards: list[list[tuple[str, list[str]]]] = []
         number = 0
@@ -190,20 +198,17 @@ class Output:
     def _prepare(self, overwrite: bool) -> None:
         directory = self.directory
         check_directory(directory, self.checkpoint.directory, overwrite=overwrite)
-        try:
+        with self._writing("the run's state"):
             (directory / STATE).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LLMPruneError(
-                f"Cannot create {directory} ({error.strerror}): give an --output where you may write."
-            ) from error
-        self._take_lock()
-        if overwrite:
-            self._clear()
+            self._take_lock()
+            if overwrite:
+                self._clear()
         if (directory / RECORD).exists():
             check_identity(self.read_record(), self.identity, directory)
             self.complete = True
             return
-        self.journal = Journal(directory / STATE / "journal.jsonl", self.identity)
+        with self._writing("the journal"):
+            self.journal = Journal(directory / STATE / "journal.jsonl", self.identity, self.settled)
         self._check_finished_files()
         while f"block {self.finished_blocks}" in self.journal.steps:
             self.finished_blocks += 1
@@ -259,13 +264,7 @@ class Output:
             if file not in done
             for name in names
         )
-        needed += 64 << 20
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise LLMPruneError(
-                f"{self.directory} has {free / 1e9:.2f} GB free and the pruned model needs {needed / 1e9:.2f} GB: make "
-                "room, or give an --output on another disk."
-            )
+        check_space(self.directory, needed)
 
     def write_outer(self) -> None:
         """Copy everything outside the blocks, one shard's worth in memory at a time."""
@@ -319,13 +318,6 @@ class Output:
     def write_record(self, record: Facts) -> None:
         write_text(self.directory / RECORD, json.dumps(record, indent=2) + "\n")
 
-    def as_checkpoint(self) -> Checkpoint:
-        """What has been written so far, as a checkpoint."""
-        entries: dict[str, Entry] = {}
-        for file in self.journal.files():
-            entries.update(read_header(self.directory / file))
-        return Checkpoint(self.directory, entries)
-
     def linears(self) -> dict[str, dict[str, object]]:
         """Facts of every pruned linear, from the journal."""
         merged: dict[str, dict[str, object]] = {}
@@ -340,35 +332,67 @@ class Output:
         weight_map = {name: file for group in self._shards for file, names in group for name in names}
         total = sum(self.checkpoint.entries[name].nbytes for name in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        full = {
-            "identity": self.identity,
-            "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-            "shards": self.journal.files(),
-            **record,
-        }
+        copied = {}
         with self._writing("the model's configuration"):
             for pattern in patterns:
-                for file in source.glob(pattern):
+                for file in sorted(source.glob(pattern)):
                     if file.is_file():
-                        shutil.copyfile(file, self.directory / file.name)
+                        copied[file.name] = copy_file(file, self.directory / file.name)
+            full = {
+                "identity": self.identity,
+                "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+                "copied": copied,
+                "shards": self._shard_digests(),
+                **record,
+            }
             write_text(self.directory / RECIPE, recipe)
             write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
             self.write_record(full)
         self.complete = True
-        self.release()
+
+    def _shard_digests(self) -> dict[str, str]:
+        names = {file for group in self._shards for file, _ in group}
+        return {file: digest for file, digest in self.journal.files().items() if file in names}
 
     def release(self) -> None:
         """Free the directory. One where a run is finished, or has finished no step, loses its journal."""
         if self._lock is None:
             return
         journal = getattr(self, "journal", None)
-        if (self.directory / RECORD).exists() or (journal and not journal.steps):
+        started = any(self.directory.glob("model-*.safetensors"))
+        if (self.directory / RECORD).exists() or (journal and not journal.steps and not started):
             shutil.rmtree(self.directory / STATE, ignore_errors=True)
             sync_directory(self.directory)
             if self._created and not any(self.directory.iterdir()):
                 self.directory.rmdir()
         self._lock.close()
         self._lock = None
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise `LLMPruneError` if `needed` bytes and a little more do not fit on the disk that `directory` is or will be on."""
+    needed += 64 << 20
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise LLMPruneError(
+            f"{directory} has {free / 1e9:.2f} GB free and the pruned model needs {needed / 1e9:.2f} GB: make room, or give an "
+            "--output on another disk."
+        )
+
+
+def settled_recipe(directory: Path) -> dict[str, object]:
+    """The recipe, without open values, of the run that a directory holds; empty where there is none."""
+    try:
+        if (directory / RECORD).is_file():
+            found = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        else:
+            with open(directory / STATE / "journal.jsonl", encoding="utf-8") as stream:
+                found = json.loads(stream.readline())
+        return dict(found["recipe"])
+    # Whatever is wrong with these files is reported when they are opened for good.
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
@@ -392,13 +416,13 @@ def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
         )
 
 
-def _split(names: Sequence[str], entries: Mapping[str, Entry]) -> list[list[str]]:
-    """Cut a list of tensors into shards of at most `SHARD_BYTES` (one larger tensor is a shard of its own)."""
+def _split(names: Sequence[str], entries: Mapping[str, Entry], limit: int) -> list[list[str]]:
+    """Cut a list of tensors into shards of at most `limit` bytes (one larger tensor is a shard of its own)."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in names:
         nbytes = entries[name].nbytes
-        if shards[-1] and size + nbytes > SHARD_BYTES:
+        if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(name)

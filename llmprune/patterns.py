@@ -92,16 +92,18 @@ class NM:
         """Keep mask: bool [O, I] with exactly N True in every aligned group of M. I must divide by M."""
         rows, columns = score_OI.shape
         assert columns % self.m == 0, f"{columns} columns do not divide into groups of {self.m}"
-        score_GM = score_OI.reshape(-1, self.m)
-        if self.m > 8:
-            return ~lowest(score_GM, self.m - self.n).view(rows, columns)
-        return self.keep_lanes(score_GM.T).T.reshape(rows, columns)
+        return self.keep_lanes(score_OI.reshape(-1, self.m).T).T.reshape(rows, columns)
 
     def keep_lanes(self, score_MG: Tensor) -> Tensor:
-        """Keep mask of groups laid out as columns: bool [M, groups].
+        """Keep mask of groups laid out as columns: bool [M, groups]."""
+        if self.m > 8:
+            return ~lowest(score_MG.T.contiguous(), self.m - self.n).T
+        return self._rank_lanes(score_MG) >= self.m - self.n
 
-        A weight's rank is the number of weights in its group that go before it. Comparing all pairs is branch-free and
-        several times faster than sorting millions of tiny groups.
+    def _rank_lanes(self, score_MG: Tensor) -> Tensor:
+        """How many weights of its group go before each weight: int8 [M, groups].
+
+        Comparing all pairs is branch-free and several times faster than sorting millions of tiny groups.
         """
         lanes = score_MG.unbind(0)
         rank_MG = torch.zeros_like(score_MG, dtype=torch.int8)
@@ -110,7 +112,7 @@ class NM:
                 later_first_G = lanes[j] < lanes[i]
                 rank_MG[i] += later_first_G
                 rank_MG[j] += ~later_first_G
-        return rank_MG >= self.m - self.n
+        return rank_MG
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

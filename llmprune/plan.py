@@ -43,7 +43,14 @@ def make_plan(ready: Prepared) -> Plan:
     parts = memory_parts(ready)
     disk = skeleton.checkpoint.nbytes
     overhead = disk / 1e9 + 3e-9 * 8 * skeleton.prunable_parameters()
-    return Plan(sum(parts.values()), parts, forwards, flops, flops / (probe_flops() * EFFICIENCY) + overhead, disk)
+    return Plan(
+        sum(parts.values()),
+        parts,
+        forwards,
+        flops,
+        flops / (probe_flops(skeleton.device, skeleton.dtype) * EFFICIENCY) + overhead,
+        disk,
+    )
 
 
 def count_forwards(ready: Prepared) -> float:
@@ -75,6 +82,8 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
         "scores": largest * (4 + 4 + 1),
     }
     outer = sum(skeleton.checkpoint.entries[name].numel for name in skeleton.outer_tensors()) * width
+    if recipe.calibration == "self":
+        outer = int(skeleton.parameters() * width * 1.3)
     parts["embedding"] = max(outer - sum(parts.values()) + BASELINE_BYTES, 0)
     if ready.method.STATISTIC:
         assert recipe.samples
@@ -87,7 +96,9 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
         widest = sum(linear.shape[0] for linear in skeleton.linears[0])
         live = tokens if recipe.sequential == "sublayer" and recipe.propagate == "pruned" else batch
         parts["one forward"] = 2 * live * (widest + 4 * skeleton.hidden_size) * width
-        parts["statistics"] = 3 * sum(ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0))
+        sizes = [ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0)]
+        # SparseGPT inverts the largest one in float64: the matrix, its factor, the identity and the inverse.
+        parts["statistics"] = sum(sizes) + (9 * max(sizes) if ready.method.STATISTIC is Hessian else 0)
     return parts
 
 
@@ -101,12 +112,13 @@ def _inputs(ready: Prepared, block: int | None = None) -> list[int]:
     return found
 
 
-def probe_flops() -> float:
-    """This machine's rate for float32 matrix products of a typical size, in FLOP/s: a tenth of a second's work."""
-    left, right = torch.randn(512, 1024), torch.randn(1024, 1024)
-    left @ right
+def probe_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The device's rate for matrix products of a typical size, in FLOP/s: a tenth of a second's work."""
+    size = 4096 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    float((left @ left)[0, 0])
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.1:
-        left @ right
+        float((left @ left)[0, 0])  # waits for the device
         count += 1
-    return 2 * 512 * 1024 * 1024 * count / (time.perf_counter() - start)
+    return 2 * size**3 * count / (time.perf_counter() - start)

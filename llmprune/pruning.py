@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from . import __version__, calibration, methods, sampling, settings
@@ -22,7 +23,7 @@ from .errors import LLMPruneError
 from .evaluate import perplexity
 from .methods import Method
 from .models import Skeleton, Source, load_tokenizer, resolve
-from .output import Output, check_directory
+from .output import Output, check_directory, check_space, settled_recipe
 from .progress import bar
 from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 # Windows of the evaluation text on a CPU, where a whole test set takes an hour; the gold protocol's number.
 CPU_WINDOWS = 32
 COVERAGE_WARNING = 0.5
+# Open values that an unfinished run has settled already: the machine or the network may look different by now.
+CONTINUED = ("calibration", "samples", "seqlen", "dtype", "micro_batch")
 
 Say = Callable[[str], None]
 
@@ -44,6 +47,7 @@ class Prepared:
 
     recipe: Recipe
     reasons: dict[str, str]
+    warnings: list[str]
     source: Source
     skeleton: Skeleton
     method: Method
@@ -86,14 +90,20 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     device = local_device(device)
     source = resolve(recipe.model, revision=recipe.revision, say=say)
     skeleton = Skeleton(source.directory, device=device, trust_remote_code=recipe.trust_remote_code)
+    directory = recipe.output or default_output(recipe, source)
+    earlier = {} if recipe.overwrite else settled_recipe(directory)
+    resumed = {key: earlier[key] for key in CONTINUED if getattr(recipe, key) is None and earlier.get(key) is not None}
+    warnings = settings.ignored(recipe, method)
+    recipe = recipe.model_copy(update=resumed)
     stored = next(iter(skeleton.block_entries(0).values())).dtype
     dtype, why_dtype = settings.choose_dtype(recipe, device, stored)
-    skeleton.set_dtype(getattr(torch, dtype))
+    skeleton.dtype = getattr(torch, dtype)
     reasons = {}
     if recipe.device is None:
         reasons["device"] = why_device
     if recipe.dtype is None:
         reasons["dtype"] = why_dtype
+    reasons |= dict.fromkeys(resumed, f"as in the run that {directory} holds")
     recipe = recipe.model_copy(update={"device": device, "dtype": dtype})
     if nm := parse_nm(recipe.pattern):
         for linear in skeleton.all_linears():
@@ -102,11 +112,13 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
                     f"Pattern {recipe.pattern} does not fit {linear.name!r}: its {linear.shape[1]} inputs do not divide "
                     f"into groups of {nm[1]}; use another M."
                 )
-    for warning in settings.ignored(recipe, method):
+    for warning in warnings:
         say(f"warning: {warning}.")
     recipe, settled = settings.settle(recipe, skeleton, method)
     coverage = skeleton.prunable_parameters() / skeleton.decoder_parameters()
-    return Prepared(recipe, reasons | settled, source, skeleton, method, coverage)
+    if coverage < COVERAGE_WARNING:
+        warnings.append("less than half of the decoder's parameters will be pruned")
+    return Prepared(recipe, reasons | settled, warnings, source, skeleton, method, coverage)
 
 
 def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
@@ -116,7 +128,7 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     if not ranks.is_main:
         say, quiet = _silence, True
     ready = ranks.main_first(lambda: prepare(recipe, say))
-    recipe = ready.recipe
+    recipe, skeleton = ready.recipe, ready.skeleton
     for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch"):
         if key in ready.reasons:
             say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
@@ -132,21 +144,20 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     try:
         output.complete = bool(ranks.from_main(output.complete))
         if output.complete:
-            say(f"{output.directory} already holds this run's finished result.")
-            record = output.read_record()
-            if evaluation and not _measured(record, evaluation):
-                record["perplexity"] = _evaluate(ready, Checkpoint.open(output.directory), evaluation, quiet)
-                output.write_record(record)
-            return Result(output.directory, record)
-        output.finished_blocks = ranks.from_main(output.finished_blocks)
-        clock = _stream_blocks(ready, output, tokens, ranks, say, quiet)
-        if ranks.is_main:
-            record = _record(ready, output, tokens, clock)
-            if evaluation:
-                record["perplexity"] = _evaluate(ready, output.as_checkpoint(), evaluation, quiet)
-            record["seconds"] = round(time.time() - started, 1)
-            record["peak_rss_bytes"] = peak_rss()
-            output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
+            say(f"{output.directory} already holds this run's finished result: nothing to do but what is left to measure.")
+        else:
+            output.finished_blocks = ranks.from_main(output.finished_blocks)
+            clock = _stream_blocks(ready, output, tokens, ranks, say, quiet)
+            if ranks.is_main:
+                record = _record(ready, output, tokens, clock)
+                record |= {"seconds": round(time.time() - started, 1), "peak_rss_bytes": peak_rss()}
+                if skeleton.device.type == "cuda":
+                    record["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
+                output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
+        # A perplexity that cannot be measured takes nothing away from the model, which is finished.
+        if evaluation and not _measured(record := output.read_record(), evaluation):
+            record["perplexity"] = _evaluate(ready, Checkpoint.open(output.directory), evaluation, quiet)
+            output.write_record(record)
         ranks.from_main(0)
         return Result(output.directory, output.read_record())
     finally:
@@ -161,6 +172,7 @@ def _open_output(ready: Prepared, identity: dict[str, str], ranks: Ranks) -> Out
         [[skeleton.stored_names[name] for name in skeleton.block_parameters(i)] for i in range(len(skeleton.blocks))],
         skeleton.outer_tensors(),
         identity,
+        settled=ready.recipe.model_dump(mode="json", exclude_none=True),
         overwrite=ready.recipe.overwrite,
         follow=not ranks.is_main,
     )
@@ -179,6 +191,8 @@ def check_run(ready: Prepared) -> Path:
     """The output directory, if this run may write there. Creates nothing."""
     directory = ready.recipe.output or default_output(ready.recipe, ready.source)
     check_directory(directory, ready.source.directory, overwrite=ready.recipe.overwrite)
+    if not directory.exists():
+        check_space(directory, ready.skeleton.checkpoint.nbytes)
     return directory
 
 
@@ -220,6 +234,7 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
         "model": {"given": recipe.model, "name": ready.source.name, "base_model": ready.source.base_model},
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "reasons": ready.reasons,
+        "warnings": ready.warnings,
         "versions": versions(),
         "calibration": {"source": tokens.source, "sha256": tokens.sha256, "note": tokens.note} if tokens else None,
         "sparsity": zeros / prunable,
@@ -242,6 +257,7 @@ def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
     assert recipe.seqlen
 
     def write_own(samples: int, seqlen: int, seed: int) -> torch.Tensor:
+        check_self_memory(skeleton)
         return sampling.sample_from_model(
             ready.source.directory,
             samples,
@@ -263,6 +279,20 @@ def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
         seed=recipe.seed,
         sampler=write_own,
     )
+
+
+def check_self_memory(skeleton: Skeleton) -> None:
+    """Raise `LLMPruneError` if the whole model, which `self` calibration runs, does not fit in memory."""
+    needed = int(skeleton.parameters() * skeleton.dtype.itemsize * 1.3)
+    if skeleton.device.type == "cuda":
+        available = torch.cuda.mem_get_info(skeleton.device)[0]
+    else:
+        available = psutil.virtual_memory().available
+    if needed > available:
+        raise LLMPruneError(
+            f"Calibration on `self` runs the whole model, which takes {needed / 1e9:.1f} GB where {available / 1e9:.1f} GB are "
+            "free: give --calibration a text file or a dataset instead."
+        )
 
 
 def _tokenizer(ready: Prepared) -> PreTrainedTokenizerBase | None:
@@ -311,6 +341,9 @@ def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
     # Without calibration the sequence length is only the evaluation's.
     identity = {key: str(recipe[key]) for key in DECISIVE if tokens or key != "seqlen"}
     identity["device"] = ready.skeleton.device.type
+    if ready.skeleton.device.type == "cuda":
+        # GPU libraries choose their kernels, and so their rounding, by shape.
+        identity["micro-batch"] = str(recipe["micro_batch"])
     identity["model weights"] = ready.skeleton.checkpoint.fingerprint()[:16]
     config = (ready.source.directory / "config.json").read_bytes()
     identity["model config"] = hashlib.sha256(config).hexdigest()[:16]

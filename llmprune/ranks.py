@@ -6,7 +6,9 @@ so nothing but sums travels; the main rank alone writes.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -20,10 +22,14 @@ from .errors import LLMPruneError
 from .statistics import Statistic
 
 T = TypeVar("T")
-MESSAGE_BYTES = 2048
+MESSAGE_BYTES = 4096
 
 
-class LostRank(LLMPruneError):
+class SharedError(LLMPruneError):
+    """An error that every rank raises, so that one of them may speak for all."""
+
+
+class LostRank(SharedError):
     """Another rank has died. Its own message, or the launcher's, says why."""
 
 
@@ -86,7 +92,7 @@ class Ranks:
             error = str(caught) or "bad input"
         for rank, message in enumerate(self._gather(error)):
             if message:
-                raise LLMPruneError(message if rank == 0 else f"On rank {rank}: {message}")
+                raise SharedError(message if rank == 0 else f"On rank {rank}: {message}")
         return result  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
@@ -99,13 +105,12 @@ class Ranks:
         """Raise `LLMPruneError` if ranks see different models, data or versions."""
         if self.size == 1:
             return
-        own = {key: hashlib.sha256(value.encode()).hexdigest() for key, value in identity.items()}
-        for key, digest in own.items():
-            for rank, other in enumerate(self._gather(digest)):
-                if other != own[key] or other != digest:
-                    raise LLMPruneError(
-                        f"Rank {rank} and rank {self.rank} differ in {key}: give every rank the same files and versions."
-                    )
+        own = {key: hashlib.sha256(value.encode()).hexdigest()[:16] for key, value in identity.items()}
+        everyone = [json.loads(text) for text in self._gather(json.dumps(own))]
+        for rank, other in enumerate(everyone):
+            for key, digest in everyone[0].items():
+                if other.get(key) != digest:
+                    raise SharedError(f"Rank {rank} and rank 0 differ in {key}: give every rank the same files and versions.")
 
     def from_main(self, number: int) -> int:
         """The main rank's number, on every rank."""
@@ -146,10 +151,19 @@ def launch() -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # The main rank may evaluate or write for hours; a rank that dies is noticed by its closed connection.
         dist.init_process_group(backend, timeout=timedelta(days=7))
+        atexit.register(dist.destroy_process_group)
     return Ranks()
 
 
 def local_device(device: str) -> str:
-    """`cuda` as this rank's own GPU."""
+    """`cuda` as this rank's own GPU. Raises `LLMPruneError` if there is none left for it."""
     local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "cuda" and local is not None else device
+    if device != "cuda" or local is None:
+        return device
+    if int(local) >= torch.cuda.device_count():
+        raise LLMPruneError(
+            f"Process {local} of this machine has no GPU of its own, torch sees {torch.cuda.device_count()}: start one process "
+            "per GPU."
+        )
+    torch.cuda.set_device(int(local))
+    return f"cuda:{local}"

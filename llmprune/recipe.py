@@ -119,7 +119,6 @@ DECISIVE = (
     "pattern",
     "group",
     "sparsity",
-    "calibration",
     "samples",
     "seqlen",
     "seed",

@@ -13,6 +13,15 @@ import torch
 from torch import Tensor
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity.
+
+    A sum that is finite has finite terms, and costs a tenth of looking at each; large finite terms may overflow it, so only an
+    infinite or NaN sum is looked into.
+    """
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 class Statistic(Protocol):
     """A sum over calibration tokens of something computed from a linear's input."""
 
@@ -51,8 +60,12 @@ class InputNorm:
         self.tokens = 0
 
     def update(self, inputs_BTI: Tensor) -> None:
-        # float16 squares overflow beyond 255, so square in float32 and add in float64.
-        partial_BI = inputs_BTI.float().square().sum(dim=1, dtype=torch.float64)
+        # float16 squares overflow beyond 255, so square in float32. Sixteen tokens are added in float32, which is five times
+        # faster, and everything else in float64.
+        squares_BTI = inputs_BTI.float().square()
+        even = squares_BTI.shape[1] // 16 * 16
+        partial_BI = squares_BTI[:, even:].sum(dim=1, dtype=torch.float64)
+        partial_BI += squares_BTI[:, :even].unflatten(1, (-1, 16)).sum(dim=2).sum(dim=1, dtype=torch.float64)
         self.squares_I += partial_BI.float().double().sum(dim=0)
         self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
 
@@ -64,7 +77,7 @@ class InputNorm:
         return [self.squares_I]
 
     def is_finite(self) -> bool:
-        return bool(self.squares_I.isfinite().all())
+        return all_finite(self.squares_I)
 
     @property
     def rms_I(self) -> Tensor:
@@ -104,7 +117,7 @@ class Hessian:
         return [self.upper_II]
 
     def is_finite(self) -> bool:
-        return bool(self.upper_II.isfinite().all())
+        return all_finite(self.upper_II)
 
     @property
     def mean_II(self) -> Tensor:

@@ -38,7 +38,7 @@ from .errors import LLMPruneError
 from .models import Linear, Skeleton
 from .output import Output
 from .ranks import Ranks
-from .statistics import Statistic
+from .statistics import Statistic, all_finite
 
 S = TypeVar("S", bound=Statistic)
 Propagate = Literal["pruned", "dense"]
@@ -123,7 +123,8 @@ class Replay:
         if not isinstance(value, Tensor):
             return value
         for known in self._pool:
-            if known is value or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)):
+            alike = (known.shape, known.dtype, known.device) == (value.shape, value.dtype, value.device)
+            if known is value or (alike and torch.equal(known, value)):
                 return known
         self._pool.append(value)
         return value
@@ -194,15 +195,15 @@ class Stream:
                 raise _Stop
             return hidden_states
 
-        with self.clock.measure("capture"), self.outer_loaded():
+        with self.clock.measure("capture"), self.outer_loaded(head=False):
             for batch in range(len(self.batches)):
                 with self.blocks_replaced(partial(record, batch)), suppress(_Stop):
                     self.skeleton.model.base_model(input_ids=self._ids(batch), use_cache=False)
 
     @contextmanager
-    def outer_loaded(self) -> Iterator[None]:
-        """The embedding, the final norm and the head are in memory inside this context."""
-        self.skeleton.fill_outer()
+    def outer_loaded(self, *, head: bool) -> Iterator[None]:
+        """The embedding, the final norm and, where asked for, the head are in memory inside this context."""
+        self.skeleton.fill_outer(head=head)
         try:
             yield
         finally:
@@ -244,7 +245,7 @@ class Stream:
 
     def finish_forward(self, block: int, batch: int, output_BTI: Tensor) -> None:
         """Check a block's output and make it the input of the next block."""
-        if not output_BTI.isfinite().all():
+        if not all_finite(output_BTI):
             raise LLMPruneError(
                 f"Block {block} produced NaN or infinite activations in {self.skeleton.dtype}: check the weights, or "
                 "compute in a wider type with --dtype float32."
@@ -260,11 +261,12 @@ class Stream:
         if finished == count:
             return
         writing: Future[None] | None = None
+        first = 0 if self.ids_NT is not None else finished  # without samples there is nothing to replay
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-            reading = reader.submit(self._read_block, 0, finished)
+            reading = reader.submit(self._read_block, first, finished)
             if self.ids_NT is not None:
                 self.capture()
-            for index in range(count):
+            for index in range(first, count):
                 with self.clock.measure("read_wait"):
                     stored = reading.result()
                 if index + 1 < count:
@@ -275,10 +277,11 @@ class Stream:
                     yield block
                 block.advance()
                 if index >= finished and self.output and self.ranks.is_main:
+                    facts = block.facts()
                     with self.clock.measure("write_wait"):
                         if writing:
                             writing.result()
-                        writing = writer.submit(self.output.write_block, index, self._stored_tensors(stored), block.facts())
+                    writing = writer.submit(self.output.write_block, index, self._stored_tensors(stored), facts)
                 self.skeleton.empty_block(index)
                 self.advance_progress(f"block {index}")
                 del stored, block

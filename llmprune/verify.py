@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import LLMPruneError
+from .methods.sparsegpt import COLUMNS
 from .output import RECIPE, RECORD, STATE
 from .patterns import NM, removed_count
 from .recipe import parse_nm
+from .statistics import all_finite
 
 
 def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda name: None) -> list[str]:
@@ -75,7 +77,7 @@ def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]
     weight = checkpoint.read(fact["tensor"])
     weight_OI = weight.T if fact["transposed"] else weight
     problems = []
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         problems.append("holds NaN or infinite weights.")
     zero_OI = weight_OI == 0
     if bool((zero_OI & weight_OI.signbit()).any()):
@@ -100,6 +102,9 @@ def _check_groups(zero_OI: Tensor, pattern: NM) -> list[str]:
 
 
 def _least_zeros(weight_OI: Tensor, recipe: dict) -> int:  # type: ignore[type-arg]
-    """The zeros an unstructured recipe promises; counts are rounded down per row, or per block of columns and rows."""
+    """The zeros an unstructured recipe promises: its share, rounded down in each group of competing weights."""
     rows, columns = weight_OI.shape
-    return rows * removed_count(columns, recipe["sparsity"]) if recipe.get("group") != "layer" else 0
+    groups = 1 if recipe.get("group") == "layer" else rows
+    if recipe["method"] == "sparsegpt":  # competes within blocks of columns
+        groups = (rows if recipe.get("group") == "row" else 1) * -(-columns // COLUMNS)
+    return removed_count(weight_OI.numel(), recipe["sparsity"]) - groups

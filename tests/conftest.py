@@ -13,6 +13,8 @@ import pytest
 
 # Before anything imports huggingface_hub, which reads it once. A test that needs the network is a mistake.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch starts its threads: on matrices this small they only wait for each other, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER_OF_FIXTURE = {"data_dir": "needs_data", "smollm2": "real_model"}

@@ -66,6 +66,7 @@ def test_a_finished_directory_is_a_model_and_its_journal_is_gone(source, tmp_pat
     out = opened(source, tmp_path / "out")
     written(out, source, 3)
     out.finish("recipe: 1\n", {"complete": True})
+    out.release()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == source.entries.keys()
     result = Checkpoint.open(tmp_path / "out")

@@ -53,7 +53,7 @@ def test_layer_group_removes_the_lowest_of_the_whole_matrix(sparsity):
     assert score[~keep].max() <= score[keep].min()
 
 
-@given(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (5, 8), (1, 16), (7, 12)]), st.data())
+@given(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (5, 8), (1, 16), (7, 12), (128, 256)]), st.data())
 def test_nm_keeps_exactly_n_in_every_group_the_highest_ones_first_index_removed(nm, data):
     n, m = nm
     score = data.draw(scores(columns=st.integers(1, 4).map(lambda groups: groups * m)))

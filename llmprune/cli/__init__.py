@@ -51,7 +51,7 @@ def main() -> None:
     try:
         app()
     except LLMPruneError as error:
-        # Ranks fail together, with one message.
-        if os.environ.get("RANK", "0") == "0":
+        # What all ranks raise, the first one says.
+        if os.environ.get("RANK", "0") == "0" or "SharedError" not in {kind.__name__ for kind in type(error).__mro__}:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

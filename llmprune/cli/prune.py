@@ -32,10 +32,11 @@ def command(
         result = run(recipe, say=(lambda line: None) if silent else lambda line: print(line, flush=True), quiet=silent)
     except KeyboardInterrupt:
         again = shlex.join([arg for arg in sys.argv[1:] if arg != "--overwrite"])
-        print(
-            f"\nInterrupted: the block in work was dropped, finished blocks are kept. To go on: llmprune {again}",
-            file=sys.stderr,
-        )
+        if main:
+            print(
+                f"\nInterrupted: the block in work was dropped, finished blocks are kept. To go on: llmprune {again}",
+                file=sys.stderr,
+            )
         raise typer.Exit(130) from None
     if not main:
         return

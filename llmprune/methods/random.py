@@ -23,4 +23,4 @@ def prune(stream: Stream, recipe: Recipe) -> None:
             digest = hashlib.sha256(f"{recipe.seed}:{linear.name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             score_OI = torch.rand(linear.shape, generator=generator)
-            linear.keep(pattern.keep(score_OI).to(linear.weight_OI.device))
+            linear.keep(pattern.keep(score_OI).to(linear.parameter.device))

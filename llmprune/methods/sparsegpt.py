@@ -35,8 +35,8 @@ COLUMNS, STRIP = 128, 16
 
 def prune(stream: Stream, recipe: Recipe) -> None:
     pattern = recipe.competition(default="layer")
-    seen: Hessian | None = None
     for block in stream.blocks():
+        seen: Hessian | None = None
         for linear, hessian in block.observe(Hessian):
             if hessian is not seen:
                 factor_II, seen = inverse_factor(hessian.mean_II), hessian
@@ -51,13 +51,13 @@ def inverse_factor(hessian_II: Tensor) -> Tensor:
     Raises:
         LLMPruneError: H is not positive definite even so.
     """
-    hessian_II = hessian_II.double()
-    diagonal_I = hessian_II.diagonal()
+    damped_II = hessian_II.double()
+    diagonal_I = damped_II.diagonal()
     mean = diagonal_I.mean()
     scale = torch.where(mean > 0, mean, 1.0)
     # An input that was zero throughout has a zero row: whatever its weights are, the output is the same.
     dead_I = diagonal_I == 0
-    damped_II = hessian_II + torch.diag(torch.where(dead_I, 1e-6, DAMPING) * scale)
+    diagonal_I += torch.where(dead_I, 1e-6, DAMPING) * scale
     # U^T U = H^-1 with U upper is the factorisation of H in reversed order: if P H P = L L^T, then U = (P L P)^-1. One
     # factorisation and one triangular inverse, instead of two factorisations and an inverse.
     lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))

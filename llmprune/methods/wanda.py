@@ -22,5 +22,4 @@ def prune(stream: Stream, recipe: Recipe) -> None:
     pattern = recipe.competition(default="row")
     for block in stream.blocks():
         for linear, norm in block.observe(InputNorm):
-            score_OI = linear.weight_OI.abs() * norm.rms_I
-            linear.keep(pattern.keep(score_OI))
+            linear.keep(pattern.keep(linear.weight_OI.abs() * norm.rms_I))
