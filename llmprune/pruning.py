@@ -87,38 +87,41 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     """
     method = methods.load(recipe.method)
     device, why_device = settings.choose_device(recipe)
-    device = local_device(device)
     source = resolve(recipe.model, revision=recipe.revision, say=say)
-    skeleton = Skeleton(source.directory, device=device, trust_remote_code=recipe.trust_remote_code)
-    directory = recipe.output or default_output(recipe, source)
-    earlier = {} if recipe.overwrite else settled_recipe(directory)
-    resumed = {key: earlier[key] for key in CONTINUED if getattr(recipe, key) is None and earlier.get(key) is not None}
+    skeleton = Skeleton(source.directory, device=local_device(device), trust_remote_code=recipe.trust_remote_code)
+    _check_pattern(recipe, skeleton)
     warnings = settings.ignored(recipe, method)
-    recipe = recipe.model_copy(update=resumed)
+    recipe, continued = _continue(recipe, recipe.output or default_output(recipe, source))
     stored = next(iter(skeleton.block_entries(0).values())).dtype
     dtype, why_dtype = settings.choose_dtype(recipe, device, stored)
     skeleton.dtype = getattr(torch, dtype)
-    reasons = {}
-    if recipe.device is None:
-        reasons["device"] = why_device
-    if recipe.dtype is None:
-        reasons["dtype"] = why_dtype
-    reasons |= dict.fromkeys(resumed, f"as in the run that {directory} holds")
-    recipe = recipe.model_copy(update={"device": device, "dtype": dtype})
-    if nm := parse_nm(recipe.pattern):
-        for linear in skeleton.all_linears():
-            if linear.shape[1] % nm[1]:
-                raise LLMPruneError(
-                    f"Pattern {recipe.pattern} does not fit {linear.name!r}: its {linear.shape[1]} inputs do not divide "
-                    f"into groups of {nm[1]}; use another M."
-                )
-    for warning in warnings:
-        say(f"warning: {warning}.")
-    recipe, settled = settings.settle(recipe, skeleton, method)
+    reasons = {"device": why_device} if recipe.device is None else {}
+    reasons |= {"dtype": why_dtype} if recipe.dtype is None else {}
+    recipe, settled = settings.settle(recipe.model_copy(update={"device": device, "dtype": dtype}), skeleton, method)
     coverage = skeleton.prunable_parameters() / skeleton.decoder_parameters()
     if coverage < COVERAGE_WARNING:
-        warnings.append("less than half of the decoder's parameters will be pruned")
-    return Prepared(recipe, reasons | settled, warnings, source, skeleton, method, coverage)
+        missed = ", ".join(skeleton.missed_matrices(0)[:5])
+        warnings.append(f"less than half of the decoder's parameters will be pruned; not covered: {missed}")
+    for warning in warnings:
+        say(f"warning: {warning}.")
+    return Prepared(recipe, reasons | continued | settled, warnings, source, skeleton, method, coverage)
+
+
+def _continue(recipe: Recipe, directory: Path) -> tuple[Recipe, dict[str, str]]:
+    """Fill open values from the run that the output directory holds, if any. Returns also the reason for each."""
+    earlier = {} if recipe.overwrite else settled_recipe(directory)
+    values = {key: earlier[key] for key in CONTINUED if getattr(recipe, key) is None and earlier.get(key) is not None}
+    return recipe.model_copy(update=values), dict.fromkeys(values, f"as in the run that {directory} holds")
+
+
+def _check_pattern(recipe: Recipe, skeleton: Skeleton) -> None:
+    nm = parse_nm(recipe.pattern)
+    for linear in skeleton.all_linears() if nm else ():
+        if nm and linear.shape[1] % nm[1]:
+            raise LLMPruneError(
+                f"Pattern {recipe.pattern} does not fit {linear.name!r}: its {linear.shape[1]} inputs do not divide into "
+                f"groups of {nm[1]}; use another M."
+            )
 
 
 def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
@@ -376,18 +379,14 @@ def default_output(recipe: Recipe, source: Source) -> Path:
 
 
 def coverage_line(ready: Prepared) -> str:
-    """Which matrices will be pruned, and a warning where they are less than half of the decoder."""
+    """Which matrices will be pruned."""
     skeleton = ready.skeleton
     roles = list(dict.fromkeys(linear.role for linear in skeleton.linears[0]))
-    line = (
+    return (
         f"prunable: {', '.join(roles)} of {len(skeleton.blocks)} blocks, {skeleton.prunable_parameters() / 1e6:.1f} M "
         f"parameters = {ready.coverage:.1%} of the decoder, {skeleton.prunable_parameters() / skeleton.parameters():.1%} "
         "of the model"
     )
-    if ready.coverage < COVERAGE_WARNING:
-        missed = ", ".join(skeleton.missed_matrices(0)[:5])
-        line += f"\nwarning: less than half of the decoder's parameters will be pruned; not covered: {missed}"
-    return line
 
 
 def _silence(line: str) -> None:

@@ -27,11 +27,11 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     """
     record = read_record(directory)
     problems = []
-    shards = record["shards"]
-    for file in sorted(path.name for path in directory.glob("*.safetensors")):
-        if file not in shards:
+    # from_pretrained would read weights that are not ours beside or instead of these.
+    for file in sorted(path.name for path in directory.glob("model*.safetensors")):
+        if file not in record["shards"]:
             problems.append(f"{file} does not belong to this model.")
-    for file, digest in shards.items():
+    for file, digest in {**record["shards"], **record["copied"], RECIPE: record["recipe_sha256"]}.items():
         path = directory / file
         if not path.is_file():
             problems.append(f"{file} is missing.")
@@ -40,11 +40,6 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
                 if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
                     problems.append(f"{file} is not what was written: its SHA-256 differs.")
         advance_progress(file)
-    recipe = directory / RECIPE
-    if not recipe.is_file():
-        problems.append(f"{RECIPE} is missing.")
-    elif hashlib.sha256(recipe.read_bytes()).hexdigest() != record["recipe_sha256"]:
-        problems.append(f"{RECIPE} was changed after the run.")
     if problems:
         return problems
     checkpoint = Checkpoint.open(directory)
@@ -67,7 +62,7 @@ def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
         raise LLMPruneError(f"{directory} holds no {RECORD}: give a directory that llmprune wrote.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        record["shards"], record["linears"], record["recipe"], record["recipe_sha256"]
+        [record[key] for key in ("shards", "copied", "linears", "recipe", "recipe_sha256")]
     except (ValueError, KeyError, TypeError) as error:
         raise LLMPruneError(f"{file} is damaged ({error!r}): prune again.") from error
     return dict(record)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune import methods
@@ -82,6 +83,20 @@ def test_micro_batches_and_offloading_do_not_change_a_bit(model_dir, ids_NT, tmp
         assert same(one, pruned(model_dir, ids_NT, method, micro_batch=micro_batch, **mode)[0])
     assert same(one, pruned(model_dir, ids_NT, method, offload=tmp_path, **mode)[0])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_scores_and_kept_weights_come_from_the_stored_weights_whatever_the_forward_computes_in(model_dir, ids_NT, method):
+    memory = Memory()
+    stream = Stream(Skeleton(model_dir, dtype=torch.bfloat16), ids_NT, output=memory)
+    methods.load(method).prune(stream, Recipe(model="tiny", method=method, sparsity=0.0 if method == "sparsegpt" else 0.5))
+    if method == "magnitude":
+        assert same(memory.tensors, pruned(model_dir, ids_NT, method)[0])
+    dense = load_file(model_dir / "model.safetensors")
+    for tensors in memory.tensors.values():
+        for name, tensor in tensors.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor[tensor != 0], dense[name][tensor != 0])
 
 
 def test_the_order_of_samples_does_not_change_wandas_masks(model_dir, ids_NT):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -52,8 +53,8 @@ def same(left, right):
 
 
 def launch(ranks, model_dir, output, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "llmprune", "prune"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "llmprune", "prune"]
     command += ["--model", str(model_dir), "--output", str(output), *FLAGS, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
@@ -152,9 +153,9 @@ def test_an_interrupt_prints_the_command_that_resumes(model_dir, tmp_path, numbe
 
 
 @pytest.mark.slow
-def test_two_and_three_ranks_write_the_bytes_of_one(model_dir, tmp_path):
+def test_two_and_four_ranks_write_the_bytes_of_one(model_dir, tmp_path):
     llmprune.prune(str(model_dir), output=tmp_path / "one", **OPTIONS)
-    for ranks in (2, 3):
+    for ranks in (2, 4):
         done = launch(ranks, model_dir, tmp_path / str(ranks))
         assert done.returncode == 0, done.stderr
         assert same(tmp_path / "one", tmp_path / str(ranks))
@@ -170,6 +171,28 @@ def test_hessian_masks_agree_between_one_and_two_ranks(model_dir, tmp_path):
     differing = sum(int(((one[name] == 0) != (two[name] == 0)).sum()) for name in one)
     # Hessians are float32 sums whose order depends on the number of ranks; near-ties may fall the other way.
     assert differing <= 1e-3 * sum(tensor.numel() for tensor in one.values())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_all_and_another_number_of_ranks_resumes(model_dir, tmp_path):
+    out, samples = tmp_path / "out", "--samples=1500"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "llmprune", "prune", "--model", str(model_dir), "--output", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *FLAGS, samples], stderr=subprocess.PIPE, text=True, env=env)
+    journal = out / ".llmprune" / "journal.jsonl"
+    while not journal.exists() or '"block 0"' not in journal.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    workers[-1].kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("error: ") <= 1
+    assert not (out / "config.json").exists()
+    llmprune.prune(str(model_dir), output=out, **{**OPTIONS, "samples": 1500})
+    llmprune.prune(str(model_dir), output=tmp_path / "whole", **{**OPTIONS, "samples": 1500})
+    assert same(out, tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -234,7 +257,7 @@ def test_weights_that_break_the_record_are_found(finished, change, problem):
 
 def test_a_changed_recipe_file_is_found(finished):
     (finished / "recipe.yaml").write_text("method: magnitude\n")
-    assert verify(finished) == ["recipe.yaml was changed after the run."]
+    assert verify(finished) == ["recipe.yaml is not what was written: its SHA-256 differs."]
 
 
 def test_an_unfinished_or_foreign_directory_is_not_verified(model_dir, tmp_path):
