@@ -456,26 +456,20 @@ class Skeleton:
             if id(module) not in known and any(p.ndim > 1 for p in module.parameters(recurse=False))
         ]
 
-    def read(self, name: str) -> Tensor:
-        """A parameter's tensor as the checkpoint stores it.
-
-        Raises:
-            LLMPruneError: it holds NaN or infinite weights.
-        """
-        tensor = self.checkpoint.read(self.stored_names[name])
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Raise `LLMPruneError` if a parameter's tensor holds NaN or infinite weights."""
         # In pieces, because the check takes as much memory as what it checks.
         if not all(all_finite(piece) for piece in tensor.view(-1).split(1 << 24)):
             raise LLMPruneError(
                 f"Tensor {self.stored_names[name]!r} holds NaN or infinite weights: the checkpoint is damaged, get it again."
             )
-        return tensor
 
     def check_outer(self) -> None:
         """Raise `LLMPruneError` if a weight outside the blocks is NaN or infinite."""
         inside = {name for index in range(len(self.blocks)) for name in self.block_parameters(index)}
         for name in self.stored_names:
             if name not in inside:
-                self.read(name)
+                self.check(name, self.checkpoint.read(self.stored_names[name]))
 
     def fill_outer(self, *, head: bool) -> None:
         """Load what lies outside the blocks: the embedding and the final norm, with `head` also what turns that into logits."""
@@ -498,8 +492,13 @@ class Skeleton:
                 self._assign(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def fill_block(self, index: int, stored: dict[str, Tensor]) -> None:
-        """Put a block's tensors in place. `stored` (by parameter name) is kept as the truth to be written."""
+        """Put a block's tensors in place. `stored` (by parameter name) is kept as the truth to be written.
+
+        Raises:
+            LLMPruneError: one holds NaN or infinite weights.
+        """
         for name, tensor in stored.items():
+            self.check(name, tensor)
             self._assign(name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
         for linear in self.linears[index]:
             linear.stored = stored[f"{linear.name}.weight"]

@@ -49,7 +49,7 @@ class Statistic(Protocol):
 class InputNorm:
     """Sum of squares of every input feature over all tokens (Wanda's ||X_j||, section 3).
 
-    Exactness: a sample's partial sum is computed in float64, then rounded to 24 bits. Sums of such numbers
+    Exactness: a sample's partial sum is rounded to 24 bits. Sums of such numbers
     in float64 are exact unless one sample has 2^20 times the energy of another, so the result does not
     depend on the order or the grouping in which samples are added: micro-batches, ranks and shuffles give
     the same bits.
@@ -60,12 +60,11 @@ class InputNorm:
         self.tokens = 0
 
     def update(self, inputs_BTI: Tensor) -> None:
-        # float16 squares overflow beyond 255, so square in float32. Sixteen tokens are added in float32, which is five times
-        # faster, and everything else in float64.
-        squares_BTI = inputs_BTI.float().square()
-        even = squares_BTI.shape[1] // 16 * 16
-        partial_BI = squares_BTI[:, even:].sum(dim=1, dtype=torch.float64)
-        partial_BI += squares_BTI[:, :even].unflatten(1, (-1, 16)).sum(dim=2).sum(dim=1, dtype=torch.float64)
+        # float16 squares overflow beyond 255, so square in float32. A few tokens at a time stay in the cache, and are few
+        # enough to be added in float32, several times faster than everything in float64.
+        partial_BI = torch.zeros(inputs_BTI.shape[0], inputs_BTI.shape[2], dtype=torch.float64, device=inputs_BTI.device)
+        for part_BPI in inputs_BTI.split(128, dim=1):
+            partial_BI += part_BPI.float().square().sum(dim=1)
         self.squares_I += partial_BI.float().double().sum(dim=0)
         self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
 

@@ -292,13 +292,16 @@ class Stream:
     def _read_block(self, index: int, finished: int) -> dict[str, Tensor]:
         """A block's tensors by parameter name, in their stored dtype.
 
-        A finished block is read back pruned, unless the next block is to see the dense one.
+        A finished block is read back pruned, unless the next block is to see the dense one. Runs in a thread of its own, where
+        no torch operation may run in parallel: a second pool of OpenMP threads makes those of the first one sleep between
+        operations, which slows every forward by a fifth.
         """
         if index < finished and self.propagate == "pruned":
             assert self.output is not None
             written = self.output.read_block(index)
             return {name: written[self.skeleton.stored_names[name]] for name in self.skeleton.block_parameters(index)}
-        return {name: self.skeleton.read(name) for name in self.skeleton.block_parameters(index)}
+        names = self.skeleton.stored_names
+        return {name: self.skeleton.checkpoint.read(names[name]) for name in self.skeleton.block_parameters(index)}
 
     def _stored_tensors(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.skeleton.stored_names[name]: tensor for name, tensor in stored.items()}

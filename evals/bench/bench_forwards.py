@@ -2,8 +2,8 @@
 
     LLMPRUNE_DATA=... python evals/bench/bench_forwards.py [ROUNDS]
 
-The floor is the resident model's own forward without its head, one sample at a time, measured right before each run in
-the same process. Pruning includes reading every block, scoring, and writing the result.
+The floor is the resident model's own forward without its head, one sample at a time, measured in the same process
+right before and right after each run. Pruning includes reading every block, scoring, and writing the result.
 """
 
 import statistics
@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import data_dir, save, smollm2, timed
+from common import Timer, data_dir, save, smollm2, timed
 from transformers import AutoModelForCausalLM
 
 from llmprune.calibration import calibration_set
-from llmprune.pruning import prepare, run
+from llmprune.pruning import run
 from llmprune.recipe import Recipe
 
 RUNS = [
@@ -29,6 +29,13 @@ RUNS = [
 ]
 
 
+def dense_forward(model: torch.nn.Module, ids_NT: torch.Tensor) -> Timer:
+    with timed() as timer:
+        for sample in ids_NT.split(1):
+            model(input_ids=sample, use_cache=False)
+    return timer
+
+
 def main(rounds: int) -> None:
     ids = str(data_dir() / "golden" / "calibration_ids.parquet")
     model_dir = smollm2()
@@ -38,9 +45,7 @@ def main(rounds: int) -> None:
     for _ in range(rounds):
         for setting in RUNS:
             method, pattern, sequential, propagate = setting
-            with timed() as dense:
-                for sample in tokens.ids_NT.split(1):
-                    model(input_ids=sample, use_cache=False)
+            before = dense_forward(model, tokens.ids_NT)
             with tempfile.TemporaryDirectory() as folder:
                 recipe = Recipe(
                     model=str(model_dir),
@@ -53,10 +58,11 @@ def main(rounds: int) -> None:
                     seqlen=512,
                     output=Path(folder) / "out",
                 )
-                prepare(recipe, lambda line: None)
                 with timed() as pruning:
                     run(recipe, say=lambda line: None, quiet=True)
-            figures = (pruning.wall / dense.wall, pruning.cpu / dense.cpu, dense.wall, pruning.wall)
+            after = dense_forward(model, tokens.ids_NT)
+            wall, cpu = (before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2
+            figures = (pruning.wall / wall, pruning.cpu / cpu, wall, pruning.wall)
             ratios.setdefault(setting, []).append(figures)
             print(*setting, "x{:.2f} wall, x{:.2f} CPU (dense {:.1f} s, pruning {:.1f} s)".format(*figures), flush=True)
     rows: list[dict[str, object]] = []
