@@ -60,12 +60,14 @@ class InputNorm:
         self.tokens = 0
 
     def update(self, inputs_BTI: Tensor) -> None:
-        # float16 squares overflow beyond 255, so square in float32. A few tokens at a time stay in the cache, and are few
-        # enough to be added in float32, several times faster than everything in float64.
-        partial_BI = torch.zeros(inputs_BTI.shape[0], inputs_BTI.shape[2], dtype=torch.float64, device=inputs_BTI.device)
-        for part_BPI in inputs_BTI.split(128, dim=1):
-            partial_BI += part_BPI.float().square().sum(dim=1)
-        self.squares_I += partial_BI.float().double().sum(dim=0)
+        # Sample by sample, because the order in which a sum is taken depends on the shape it is part of. float16 squares
+        # overflow beyond 255, so square in float32. A few tokens at a time stay in the cache, and are few enough to be added
+        # in float32, several times faster than everything in float64.
+        for inputs_TI in inputs_BTI:
+            sample_I = torch.zeros_like(self.squares_I)
+            for part_PI in inputs_TI.split(128):
+                sample_I += part_PI.float().square().sum(dim=0)
+            self.squares_I += sample_I.float()
         self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
 
     def merge(self, other: InputNorm) -> None:
