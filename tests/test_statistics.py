@@ -26,9 +26,7 @@ def filled(kind, samples, splits=None):
 def test_input_norms_have_the_same_bits_for_every_split_and_order(seed, cuts, scale):
     generator = torch.Generator().manual_seed(seed)
     count = sum(cuts)
-    samples = [
-        torch.randn(11, 5, generator=generator) * scale * 10 ** torch.randn(1, generator=generator) for _ in range(count)
-    ]
+    samples = [torch.randn(11, 5, generator=generator) * scale * 10 ** torch.rand(1, generator=generator) for _ in range(count)]
     whole = filled(InputNorm, samples)
     order = torch.randperm(count, generator=generator).tolist()
     parts, start = [], 0

@@ -23,7 +23,6 @@ RUNS = [
     ("wanda", "unstructured", "block", "pruned"),
     ("wanda", "unstructured", "sublayer", "pruned"),
     ("wanda", "unstructured", "block", "dense"),
-    ("wanda", "2:4", "block", "pruned"),
     ("sparsegpt", "unstructured", "block", "pruned"),
     ("sparsegpt", "2:4", "block", "pruned"),
 ]
@@ -42,10 +41,11 @@ def main(rounds: int) -> None:
     tokens = calibration_set(ids, None, samples=32, seqlen=512, seed=0, vocab_size=49152)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).model.eval().requires_grad_(False)
     ratios: dict[tuple[str, ...], list[tuple[float, float, float, float]]] = {}
+    after = dense_forward(model, tokens.ids_NT)
     for _ in range(rounds):
         for setting in RUNS:
             method, pattern, sequential, propagate = setting
-            before = dense_forward(model, tokens.ids_NT)
+            before = after
             with tempfile.TemporaryDirectory() as folder:
                 recipe = Recipe(
                     model=str(model_dir),
