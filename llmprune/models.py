@@ -275,11 +275,11 @@ class Linear:
     def keep(self, keep_OI: Tensor) -> None:
         """Zero every weight outside the keep mask; the others keep their stored bits."""
         assert self.stored is not None
-        drop = ~(keep_OI.T if self.transposed else keep_OI)
-        # Adding 0.0 turns the -0.0 a checkpoint may hold into +0.0 and changes nothing else.
-        self.stored.masked_fill_(drop.to(self.stored.device), 0.0).add_(0.0)
+        keep = keep_OI.T if self.transposed else keep_OI
+        # A product is several times faster than masked_fill_. Adding 0.0 turns -0.0 into +0.0 and changes nothing else.
+        self.stored.mul_(keep.to(self.stored.device)).add_(0.0)
         if self.parameter.data_ptr() != self.stored.data_ptr():
-            self.parameter.data.masked_fill_(drop, 0.0)
+            self.parameter.data.mul_(keep)
 
     def replace(self, weight_OI: Tensor) -> None:
         """Put new values, rounded to the stored dtype first so that what runs on is what is saved."""
@@ -519,10 +519,11 @@ class Skeleton:
 def _build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(config)
     config.use_cache = False
     # Parameters on meta take no memory; buffers (rotary frequencies, scales) are computed for real.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)

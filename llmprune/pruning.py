@@ -208,8 +208,6 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
     if tokens:
         share = ranks.together(lambda: ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1))
         ids_NT = tokens.ids_NT[share]
-    if ranks.is_main:
-        output.write_outer()
     with bar(recipe.method, len(skeleton.blocks), quiet=quiet) as advance:
         stream = Stream(
             skeleton,

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -260,10 +260,10 @@ class Stream:
         count = len(self.skeleton.blocks)
         if finished == count:
             return
-        writing: Future[None] | None = None
         first = 0 if self.ids_NT is not None else finished  # without samples there is nothing to replay
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             reading = reader.submit(self._read_block, first, finished)
+            writing = writer.submit(self.output.write_outer) if self.output and self.ranks.is_main else None
             if self.ids_NT is not None:
                 self.capture()
             for index in range(first, count):

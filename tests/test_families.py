@@ -171,7 +171,7 @@ def test_the_stream_computes_what_the_whole_model_computes(folder, ids_NT, micro
     for part in ids_NT.split(micro_batch):
         model(part)
     skeleton = Skeleton(folder)
-    skeleton.set_dtype(dtype)
+    skeleton.dtype = dtype
     stream = Stream(skeleton, ids_NT, micro_batch=micro_batch, keep_last=True)
     for _ in stream.blocks():
         pass

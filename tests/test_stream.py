@@ -55,6 +55,9 @@ class Memory:
     finished_blocks: int = 0
     stop_at: int | None = None
 
+    def write_outer(self):
+        pass
+
     def write_block(self, index, tensors, facts):
         self.tensors[index] = {name: tensor.clone() for name, tensor in tensors.items()}
 
