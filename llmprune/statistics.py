@@ -97,7 +97,7 @@ class Hessian:
     much as the forward pass itself.
     """
 
-    PANEL = 512
+    PANEL = 256
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.upper_II = torch.zeros(features, features, device=device)

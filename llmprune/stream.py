@@ -172,6 +172,8 @@ class Stream:
         self.activations: Activations | None = None
         # The role that runs last in a block, once the first forward has shown it.
         self.last_role: str | None = None
+        # Roles that read the same tensor as another role which runs before them (k and v: q), likewise.
+        self.leaders: dict[str, str] = {}
         if ids_NT is not None:
             samples = len(ids_NT)
             self.batches = [slice(i, min(i + micro_batch, samples)) for i in range(0, samples, micro_batch)]
@@ -388,9 +390,22 @@ class Block:
         stream = self.stream
         hub = getcurrent()
         order = {linear: position for position, linear in enumerate(self.linears)}
+        statistics: dict[Linear, S] = {}
+        leaders: dict[str, str] = {}
 
         def pause(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hub.switch((linear, args[0]))
+            worker, inputs = getcurrent(), args[0]
+            if inputs is not worker.inputs:
+                assert linear.role not in stream.leaders, f"{linear.name} does not read what its like in block 0 read"
+                worker.inputs, worker.leader = inputs, linear
+                if linear not in statistics:
+                    statistics[linear] = kind(inputs.shape[-1], inputs.device)
+                statistics[linear].update(inputs.reshape(worker.samples, -1, inputs.shape[-1]))
+                hub.switch(linear)
+            elif linear.role not in stream.leaders:  # the first block: who reads whose input is not known yet
+                leaders[linear.role] = worker.leader.role
+                statistics[linear] = statistics[worker.leader]
+                hub.switch(linear)
             if self._advanced and linear.role == stream.last_role:
                 raise _Stop
 
@@ -403,33 +418,29 @@ class Block:
                 stream.finish_forward(self.index, batch, output)
 
         handles = [linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in self.linears]
-        previous: dict[int, Tensor] = {}
-        statistic: S | None = None
         try:
             workers = [greenlet(run, hub) for _ in stream.batches]
-            waiting = {}
-            for batch, worker in enumerate(workers):
-                if arrived := worker.switch(batch):
+            waiting: dict[int, Linear] = {}
+            for batch, part in enumerate(stream.batches):
+                workers[batch].inputs, workers[batch].samples = None, part.stop - part.start
+                if arrived := workers[batch].switch(batch):
                     waiting[batch] = arrived
             while waiting:
-                linear = min((linear for linear, _ in waiting.values()), key=order.__getitem__)
-                here = {batch: inputs for batch, (at, inputs) in waiting.items() if at is linear}
-                shared = previous.keys() == here.keys() and all(previous[b] is here[b] for b in here)
-                if not shared or statistic is None:
-                    first = next(iter(here.values()))
-                    statistic = kind(first.shape[-1], first.device)
-                    for batch, inputs in here.items():
-                        part = stream.batches[batch]
-                        statistic.update(inputs.reshape(part.stop - part.start, -1, inputs.shape[-1]))
-                    stream.ranks.add(statistic)
-                previous = here
-                yield linear, statistic
-                for batch in here:
+                linear = min(waiting.values(), key=order.__getitem__)
+                if linear.role not in leaders:
+                    stream.ranks.add(statistics[linear])
+                yield linear, statistics[linear]
+                # Those that read the same tensor are decided, too, so that a sample runs through all of them at once.
+                for other in self.linears:
+                    if stream.leaders.get(other.role) == linear.role:
+                        yield other, statistics[linear]
+                for batch in [batch for batch, at in waiting.items() if at is linear]:
                     if arrived := workers[batch].switch():
                         waiting[batch] = arrived
                     else:
                         del waiting[batch]
             stream.last_role = linear.role
+            stream.leaders |= leaders
         finally:
             for handle in handles:
                 handle.remove()

@@ -24,7 +24,6 @@ RUNS = [
     ("wanda", "unstructured", "sublayer", "pruned"),
     ("wanda", "unstructured", "block", "dense"),
     ("sparsegpt", "unstructured", "block", "pruned"),
-    ("sparsegpt", "2:4", "block", "pruned"),
 ]
 
 
