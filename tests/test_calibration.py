@@ -220,10 +220,14 @@ def test_impossible_sizes_are_refused(corpus: Path) -> None:
         draw(corpus, seqlen=1)
     with pytest.raises(LLMPruneError, match="evaluation windows is 0"):
         evaluation_set(str(corpus), PLAIN, seqlen=8, windows=0)
-    with pytest.raises(LLMPruneError, match="too short for 9999 windows"):
-        evaluation_set(str(corpus), PLAIN, seqlen=8, windows=9999)
     with pytest.raises(LLMPruneError, match="too short for 1 windows"):
         evaluation_set(str(corpus), PLAIN, seqlen=99999)
+
+
+def test_evaluation_takes_as_many_windows_as_there_are_up_to_the_number(corpus: Path) -> None:
+    whole = evaluation_set(str(corpus), PLAIN, seqlen=8).ids_NT
+    assert torch.equal(evaluation_set(str(corpus), PLAIN, seqlen=8, windows=9999).ids_NT, whole)
+    assert torch.equal(evaluation_set(str(corpus), PLAIN, seqlen=8, windows=2).ids_NT, whole[:2])
 
 
 def test_nothing_is_measured_on_self_or_random() -> None:

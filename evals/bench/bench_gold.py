@@ -16,13 +16,13 @@ from llmprune.evaluate import perplexity
 from llmprune.models import Skeleton, load_tokenizer
 
 REFERENCE = {  # (method, pattern, sequential, propagate): the published code's perplexity
-    ("magnitude", "unstructured", "block", "pruned"): 464.6,
-    ("wanda", "unstructured", "block", "pruned"): 59.705,
-    ("wanda", "2:4", "block", "pruned"): 181.30,
     ("sparsegpt", "unstructured", "block", "pruned"): 50.124,
     ("sparsegpt", "2:4", "block", "pruned"): 81.95,
+    ("wanda", "unstructured", "block", "pruned"): 59.705,
+    ("wanda", "2:4", "block", "pruned"): 181.30,
     ("wanda", "unstructured", "sublayer", "pruned"): None,
     ("wanda", "unstructured", "block", "dense"): None,
+    ("magnitude", "unstructured", "block", "pruned"): 464.6,
 }
 
 
