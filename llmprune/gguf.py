@@ -82,7 +82,7 @@ def to_checkpoint(gguf_file: Path, cache_dir: Path | None = None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
         directory = Path(partial) / target.name
-        with _quiet_transformers():
+        with quiet_transformers():
             _load_model(gguf_file, header).save_pretrained(directory, max_shard_size="5GB")
             _load_tokenizer(gguf_file, header).save_pretrained(directory)
         (directory / "README.md").write_text(_card(gguf_file, header, digest), encoding="utf-8")
@@ -226,7 +226,7 @@ def _card(gguf_file: Path, header: _Header, digest: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars and warnings off the terminal; exceptions pass."""
     from transformers.utils import logging
 

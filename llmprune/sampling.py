@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration import random_ids
 from .errors import LLMPruneError
+from .gguf import quiet_transformers
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -71,9 +72,10 @@ def sample_from_model(
     from transformers import AutoModelForCausalLM
 
     with private:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         model.to(torch.device(device))  # type: ignore[arg-type]
         ids_NT = _generate(model.eval(), samples, seqlen, seed, quiet=quiet)
         # Written aside and renamed: another process that samples the same never sees half a file.
