@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -250,7 +251,7 @@ class Linear:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What the module computes with, in its own layout; on the meta device while its block is not loaded."""
+        """The module's weight in its own layout and on its device; on the meta device while its block is not loaded."""
         return self.module.get_parameter("weight")
 
     @property
@@ -329,6 +330,7 @@ class Skeleton:
         self.tied = self._tied()
         self.linears = [self._linears(index, family) for index in range(len(self.blocks))]
         self.stored_names = self._match_names()
+        self._wide: Tensor | None = None
 
     def with_checkpoint(self, checkpoint: Checkpoint) -> Skeleton:
         """The same modules over another checkpoint with the same tensor names."""
@@ -494,14 +496,23 @@ class Skeleton:
     def fill_block(self, index: int, stored: dict[str, Tensor]) -> None:
         """Put a block's tensors in place. `stored` (by parameter name) is kept as the truth to be written.
 
+        Matrices that are stored in fewer bits than forwards compute in stay as stored and are widened one at a time while
+        they run: a second copy of the whole block, twice the size, would be the largest part of a run's memory.
+
         Raises:
             LLMPruneError: one holds NaN or infinite weights.
         """
+        narrow = {}
+        for linear in self.linears[index]:
+            name = f"{linear.name}.weight"
+            linear.stored = stored[name]
+            if linear.stored.dtype != self.dtype and torch.promote_types(linear.stored.dtype, self.dtype) == self.dtype:
+                narrow[name] = linear
+                linear.module.forward = partial(self._run_widened, linear)
         for name, tensor in stored.items():
             self.check(name, tensor)
-            self._assign(name, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
-        for linear in self.linears[index]:
-            linear.stored = stored[f"{linear.name}.weight"]
+            dtype = tensor.dtype if name in narrow else self.dtype
+            self._assign(name, nn.Parameter(tensor.to(self.device, dtype), requires_grad=False))
 
     def empty_block(self, index: int) -> None:
         """Drop a block's tensors."""
@@ -510,6 +521,20 @@ class Skeleton:
             self._assign(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         for linear in self.linears[index]:
             linear.stored = None
+            linear.module.__dict__.pop("forward", None)
+
+    def _run_widened(self, linear: Linear, *args: Tensor) -> Tensor:
+        """A linear's forward with its weight in the dtype that forwards compute in."""
+        narrow = linear.parameter
+        if self._wide is None:
+            # Memory that stays: taking and returning it for every forward costs more than filling it.
+            self._wide = torch.empty(max(each.numel for each in self.all_linears()), dtype=self.dtype, device=self.device)
+        wide = self._wide[: narrow.numel()].view(narrow.shape).copy_(narrow)
+        linear.module._parameters["weight"] = nn.Parameter(wide, requires_grad=False)
+        try:
+            return type(linear.module).forward(linear.module, *args)
+        finally:
+            linear.module._parameters["weight"] = narrow
 
     def _assign(self, name: str, parameter: nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .recipe import Group
 
+# Scores ranked at a time: few enough that the copies a ranking needs are small beside the matrix, and stay in the cache.
+CHUNK = 1 << 20
+
 
 def removed_count(size: int, sparsity: float) -> int:
     """How many of `size` weights a sparsity removes: floor(size * sparsity), free of binary rounding.
@@ -39,6 +42,14 @@ def lowest(score_GN: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score_GN, dtype=torch.bool)
     if count >= size:
         return torch.ones_like(score_GN, dtype=torch.bool)
+    marked_GN = torch.empty_like(score_GN, dtype=torch.bool)
+    step = max(CHUNK // size, 1)
+    for start in range(0, groups, step):
+        marked_GN[start : start + step] = _lowest(score_GN[start : start + step], count)
+    return marked_GN
+
+
+def _lowest(score_GN: Tensor, count: int) -> Tensor:
     threshold_G1 = _kth_smallest(score_GN, count)
     marked_GN = score_GN <= threshold_G1
     # Only rows where several scores equal the threshold can hold too many: give back the highest indices.
