@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -94,16 +94,9 @@ class Checkpoint:
         """
         entry = self.entries[name]
         storage = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(storage.numpy().data)
         # Unbuffered: each readinto goes straight into the tensor's memory.
         with reading(entry.file), open(entry.file, "rb", buffering=0) as stream:
-            stream.seek(entry.offset)
-            done = 0
-            while done < entry.nbytes:
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise LLMPruneError(f"{entry.file} ends in the middle of tensor {name!r}: download or copy the file again.")
-                done += count
+            _fill(memoryview(storage.numpy().data), stream, entry.offset, name)
         return storage.view(entry.dtype).view(entry.shape)
 
     def fingerprint(self) -> str:
@@ -111,24 +104,42 @@ class Checkpoint:
 
         Reading tens of gigabytes before starting would cost minutes; 4 KiB from the start, the middle and the end of each
         tensor tell two checkpoints apart in practice.
+
+        Raises:
+            LLMPruneError: a file became shorter than its header says.
         """
         digest = hashlib.sha256()
+        buffer = memoryview(bytearray(4096))
         for file in self.files:
             with reading(file), open(file, "rb", buffering=0) as stream:
                 for name, entry in sorted(self.entries.items()):
                     if entry.file == file:
                         digest.update(f"{name}:{entry.dtype}:{entry.shape}".encode())
                         for start in (0, entry.nbytes // 2, max(entry.nbytes - 4096, 0)):
-                            stream.seek(entry.offset + start)
-                            digest.update(stream.read(min(4096, entry.nbytes)))
+                            sample = buffer[: entry.nbytes - start]
+                            _fill(sample, stream, entry.offset + start, name)
+                            digest.update(sample)
         return digest.hexdigest()
+
+
+def _fill(view: memoryview, stream: RawIOBase, offset: int, name: str) -> None:
+    """Read until `view` is full; one call may read less, above all from a file that comes over a network."""
+    stream.seek(offset)
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise LLMPruneError(f"{stream.name} ends in the middle of tensor {name!r}: download or copy the file again.")
+        done += count
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.exists():
+        with reading(index):
+            content = index.read_bytes()
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(content)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LLMPruneError(f"{index} is not a valid safetensors index ({error!r}): download it again.") from error
         missing = [name for name in names if not (directory / name).is_file()]
@@ -227,30 +238,30 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> str:
     return digest
 
 
-def copy_file(source: Path, target: Path) -> str:
-    """Copy a small file atomically and durably. Returns its SHA-256."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        digest = sync_and_hash(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a small file atomically and durably."""
+def write_file(file: Path, content: bytes) -> str:
+    """Write a small file atomically and durably. Returns its SHA-256."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(temporary, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(file.parent)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_text(file: Path, text: str) -> str:
+    """Write a small text file atomically and durably. Returns its SHA-256."""
+    return write_file(file, text.encode())
+
+
+def hash_file(file: Path) -> str:
+    """The SHA-256 of a file's bytes. Raises `LLMPruneError` if it cannot be read."""
+    with reading(file), open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync_and_hash(file: Path) -> str:

@@ -248,6 +248,8 @@ class Linear:
     transposed: bool
     # The weight as the checkpoint stores it, while its block is loaded.
     stored: Tensor | None = field(default=None, repr=False)
+    # What a method has to say about it in the record.
+    facts: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -521,6 +523,7 @@ class Skeleton:
             self._assign(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         for linear in self.linears[index]:
             linear.stored = None
+            linear.facts = {}
             linear.module.__dict__.pop("forward", None)
 
     def _run_widened(self, linear: Linear, *args: Tensor) -> Tensor:

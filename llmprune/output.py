@@ -3,11 +3,12 @@
     OUT/model-00001-of-00031.safetensors ...   each written to a temporary name, synced, renamed
     OUT/.llmprune/journal.jsonl                one line per finished step, synced after the step's files are
     OUT/.llmprune/lock                         held (flock) by the running process; the kernel frees it if that dies
+    OUT/.llmprune/clearing                     there while `--overwrite` removes an earlier model
     OUT/config.json, index, tokenizer, ...     written at the end, so that nothing unfinished loads as a model
     OUT/llmprune.json                          the record; written last, it says the directory is complete
 
 A run with the same identity (recipe, model, data, versions) continues after the last journaled step. A run with another
-identity is refused and told what differs.
+identity is refused and told what differs. Journal lines and the record carry a hash of themselves, so that damage shows.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import INDEX, Checkpoint, Entry, copy_file, read_header, sync_directory, write_shard, write_text
+from .checkpoint import INDEX, Checkpoint, Entry, hash_file, read_header, reading, write_file, write_shard, write_text
 from .errors import LLMPruneError
 
 RECORD = "llmprune.json"
 RECIPE = "recipe.yaml"
 STATE = ".llmprune"
+JOURNAL = f"{STATE}/journal.jsonl"
+LOCK = f"{STATE}/lock"
+CLEARING = f"{STATE}/clearing"
 SHARD_BYTES = 5 * 10**9
 OUTER_BYTES = 5 * 10**8
 # What makes a checkpoint usable besides its weights. Code is copied only with a model that needs it.
@@ -70,49 +74,36 @@ class Journal:
         self.file = file
         self.steps: dict[str, dict[str, object]] = {}
         if file.exists():
-            for number, step in enumerate(self._read_lines()):
-                if number == 0:
-                    check_identity(step, identity, file.parent.parent)
-                elif {"step", "files", "facts"} <= step.keys():
-                    self.steps[str(step["step"])] = step
-                else:
-                    raise LLMPruneError(f"{file} is damaged in line {number + 1}: pass --overwrite to start afresh.")
+            header, *steps = self._read_lines()
+            check_identity(header, identity, file.parent.parent)
+            self.steps = {str(step["step"]): step for step in steps}
         else:
-            self._append({"identity": dict(identity), "recipe": dict(settled or {})}, fresh=True)
+            write_file(file, sealed({"identity": dict(identity), "recipe": dict(settled or {})}))
 
     def _read_lines(self) -> list[dict[str, object]]:
-        lines = self.file.read_text().splitlines(keepends=True)
+        with reading(self.file):
+            lines = self.file.read_bytes().splitlines(keepends=True) or [b""]
         parsed: list[dict[str, object]] = []
         for number, line in enumerate(lines, 1):
             try:
-                parsed.append(dict(json.loads(line)))
-                whole = line.endswith("\n")
-            except (ValueError, TypeError):
-                whole = False
-            if not whole:
+                parsed.append(unsealed(line))
+            except ValueError as error:
                 if number < len(lines) or number == 1:
-                    raise LLMPruneError(f"{self.file} is damaged in line {number}: pass --overwrite to start afresh.")
+                    raise LLMPruneError(
+                        f"{self.file} is damaged in line {number} or was written by another version of llmprune: pass "
+                        "--overwrite to start afresh or give another --output."
+                    ) from error
                 # A crash cut the last line short: that step is not finished.
-                del parsed[number - 1 :]
-                write_text(self.file, "".join(lines[:-1]))
-        if not parsed:
-            raise LLMPruneError(f"{self.file} is empty: pass --overwrite to start afresh.")
+                write_file(self.file, b"".join(lines[:-1]))
         return parsed
-
-    def _append(self, line: Facts, *, fresh: bool = False) -> None:
-        text = json.dumps(line) + "\n"
-        if fresh:
-            write_text(self.file, text)
-            return
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
 
     def record(self, step: str, files: Mapping[str, str], facts: Facts) -> None:
         """Say that a step and the files it wrote (name to SHA-256) are finished and on the disk."""
         entry: dict[str, object] = {"step": step, "files": dict(files), "facts": dict(facts)}
-        self._append(entry)
+        with open(self.file, "ab") as stream:
+            stream.write(sealed(entry))
+            stream.flush()
+            os.fsync(stream.fileno())
         self.steps[step] = entry
 
     def files(self) -> dict[str, str]:
@@ -124,6 +115,20 @@ class Journal:
 
     def facts(self, step: str) -> dict[str, object]:
         return dict(self.steps[step]["facts"])  # type: ignore[call-overload]
+
+
+def sealed(content: Facts, *, indent: int | None = None) -> bytes:
+    """A JSON object and a newline, with the SHA-256 of the content as its last entry."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=indent) + "\n").encode()
+
+
+def unsealed(text: bytes, *, indent: int | None = None) -> dict[str, object]:
+    """The content of what `sealed` wrote. Raises `ValueError` if a byte of it has changed."""
+    content = json.loads(text)
+    if isinstance(content, dict) and content.pop("sha256", None) and sealed(content, indent=indent) == text:
+        return content
+    raise ValueError("it is not what was written")
 
 
 def check_identity(found: Mapping[str, object], wanted: Mapping[str, str], directory: Path) -> None:
@@ -199,45 +204,62 @@ class Output:
         directory = self.directory
         check_directory(directory, self.checkpoint.directory, overwrite=overwrite)
         with self._writing("the run's state"):
-            (directory / STATE).mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            if overwrite:
+            while self._lock is None:
+                # The run before may be removing its state, and this very lock file, at the same moment.
+                with suppress(FileNotFoundError):
+                    self._take_lock()
+            if overwrite or (directory / CLEARING).exists():
                 self._clear()
         if (directory / RECORD).exists():
             check_identity(self.read_record(), self.identity, directory)
             self.complete = True
             return
         with self._writing("the journal"):
-            self.journal = Journal(directory / STATE / "journal.jsonl", self.identity, self.settled)
+            self.journal = Journal(directory / JOURNAL, self.identity, self.settled)
         self._check_finished_files()
         while f"block {self.finished_blocks}" in self.journal.steps:
             self.finished_blocks += 1
 
     def _take_lock(self) -> None:
-        self._lock = open(self.directory / STATE / "lock", "a+")  # noqa: SIM115 - held for the whole run
+        """Lock the directory. Raises `FileNotFoundError` if the lock file has gone before it was ours."""
+        file = self.directory / LOCK
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+")  # noqa: SIM115 - held for the whole run
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock on a file that another run has removed keeps nobody out.
+            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
+                raise FileNotFoundError(file)
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
         except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            self._lock = None
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
             raise LLMPruneError(
                 f"{self.directory} is in use by another llmprune run (process {holder}): wait for it, or give another --output."
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        else:
+            self._lock = lock
+        finally:
+            if self._lock is None:
+                lock.close()
 
     def _clear(self) -> None:
-        """Remove an earlier model: its weights and index, and whatever else an earlier run put here. Other files stay."""
-        record = self.directory / RECORD
-        copied = (RECIPE, *COPIED) if record.exists() else ()
-        record.unlink(missing_ok=True)
-        for pattern in ("model*.safetensors", INDEX, "pytorch_model*.bin*", ".*.tmp", *copied):
+        """Remove an earlier model: its weights and index, and whatever else an earlier run put here. Other files stay.
+
+        What a crash interrupts here, the next run takes up.
+        """
+        record, marker = self.directory / RECORD, self.directory / CLEARING
+        if record.exists():
+            os.replace(record, marker)
+        else:
+            marker.touch()
+        copied = (RECIPE, *COPIED) if marker.stat().st_size else ()
+        for pattern in (JOURNAL, INDEX, "model*.safetensors", "pytorch_model*.bin*", ".*.tmp", *copied):
             for file in self.directory.glob(pattern):
                 file.unlink()
-        (self.directory / STATE / "journal.jsonl").unlink(missing_ok=True)
+        marker.unlink()
 
     def _check_finished_files(self) -> None:
         for file, digest in self.journal.files().items():
@@ -247,12 +269,11 @@ class Output:
                     f"{path}, which the interrupted run had finished, is missing: put it back, or pass --overwrite to "
                     "start afresh."
                 )
-            with open(path, "rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                    raise LLMPruneError(
-                        f"{path} is not what the interrupted run had written (truncated or changed): pass --overwrite "
-                        "to start afresh."
-                    )
+            if hash_file(path) != digest:
+                raise LLMPruneError(
+                    f"{path} is not what the interrupted run had written (truncated or changed): pass --overwrite to start "
+                    "afresh."
+                )
 
     def check_space(self) -> None:
         """Raise `LLMPruneError` if what remains to be written does not fit on the disk."""
@@ -309,21 +330,15 @@ class Output:
 
     def read_record(self) -> dict[str, object]:
         """The content of llmprune.json."""
-        file = self.directory / RECORD
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise LLMPruneError(f"{file} is damaged ({error}): pass --overwrite to start afresh.") from error
+        return read_record(self.directory)
 
     def write_record(self, record: Facts) -> None:
-        write_text(self.directory / RECORD, json.dumps(record, indent=2) + "\n")
+        with self._writing(RECORD):
+            write_file(self.directory / RECORD, sealed(record, indent=2))
 
-    def linears(self) -> dict[str, dict[str, object]]:
-        """Facts of every pruned linear, from the journal."""
-        merged: dict[str, dict[str, object]] = {}
-        for index in range(len(self._shards) - 1):
-            merged.update(self.journal.facts(f"block {index}"))  # type: ignore[arg-type]
-        return merged
+    def block_facts(self) -> list[dict[str, object]]:
+        """What was said of every block when it was written."""
+        return [self.journal.facts(f"block {index}") for index in range(len(self._shards) - 1)]
 
     def finish(self, recipe: str, record: Facts) -> None:
         """Make the directory a model: configuration, tokenizer, index, recipe, and last the record."""
@@ -337,17 +352,14 @@ class Output:
             for pattern in patterns:
                 for file in sorted(source.glob(pattern)):
                     if file.is_file():
-                        copied[file.name] = copy_file(file, self.directory / file.name)
-            full = {
-                "identity": self.identity,
-                "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-                "copied": copied,
-                "shards": self._shard_digests(),
-                **record,
-            }
-            write_text(self.directory / RECIPE, recipe)
-            write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
-            self.write_record(full)
+                        with reading(file):
+                            content = file.read_bytes()
+                        copied[file.name] = write_file(self.directory / file.name, content)
+            written = {RECIPE: write_text(self.directory / RECIPE, recipe)}
+            # With its index the directory is a model, so this comes after everything else.
+            written[INDEX] = write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+        shards = self._shard_digests()
+        self.write_record({"identity": self.identity, "written": written, "copied": copied, "shards": shards, **record})
         self.complete = True
 
     def _shard_digests(self) -> dict[str, str]:
@@ -361,24 +373,54 @@ class Output:
         journal = getattr(self, "journal", None)
         started = any(self.directory.glob("model-*.safetensors"))
         if (self.directory / RECORD).exists() or (journal and not journal.steps and not started):
-            shutil.rmtree(self.directory / STATE, ignore_errors=True)
-            sync_directory(self.directory)
-            if self._created and not any(self.directory.iterdir()):
-                self.directory.rmdir()
+            # What cannot be removed hinders no later run.
+            with suppress(OSError):
+                self._remove_state()
         self._lock.close()
         self._lock = None
+
+    def _remove_state(self) -> None:
+        lock = self.directory / LOCK
+        # The lock goes last: from then on another run may begin here.
+        for file in sorted(lock.parent.iterdir(), key=lock.__eq__):
+            file.unlink()
+        lock.parent.rmdir()
+        if self._created:
+            self.directory.rmdir()  # unless something is in it
+
+
+def read_record(directory: Path) -> dict[str, object]:
+    """The content of a directory's llmprune.json. Raises `LLMPruneError` if it cannot be read or is damaged."""
+    file = directory / RECORD
+    with reading(file):
+        content = file.read_bytes()
+    try:
+        return unsealed(content, indent=2)
+    except ValueError as error:
+        raise LLMPruneError(
+            f"{file} is damaged or was written by another version of llmprune: prune again with --overwrite."
+        ) from error
 
 
 def check_space(directory: Path, needed: int) -> None:
     """Raise `LLMPruneError` if `needed` bytes and a little more do not fit on the disk that `directory` is or will be on."""
     needed += 64 << 20
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(directory)
     if free < needed:
         raise LLMPruneError(
             f"{directory} has {free / 1e9:.2f} GB free and the pruned model needs {needed / 1e9:.2f} GB: make room, or give an "
             "--output on another disk."
         )
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes free on the disk that a directory is or will be on."""
+    return shutil.disk_usage(existing_parent(directory)).free
+
+
+def existing_parent(directory: Path) -> Path:
+    """The directory itself or the nearest of its parents that is there, as far as this user may see."""
+    return next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
 
 
 def settled_recipe(directory: Path) -> dict[str, object]:
@@ -387,7 +429,7 @@ def settled_recipe(directory: Path) -> dict[str, object]:
         if (directory / RECORD).is_file():
             found = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         else:
-            with open(directory / STATE / "journal.jsonl", encoding="utf-8") as stream:
+            with open(directory / JOURNAL, encoding="utf-8") as stream:
                 found = json.loads(stream.readline())
         return dict(found["recipe"])
     # Whatever is wrong with these files is reported when they are opened for good.
@@ -404,13 +446,13 @@ def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
         raise LLMPruneError(
             f"--output {directory} is the input model itself: give another directory, pruning never overwrites its source."
         )
-    if directory.exists() and not directory.is_dir():
+    parent = existing_parent(directory)
+    if parent == directory and not directory.is_dir():
         raise LLMPruneError(f"--output {directory} is a file: give a directory.")
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise LLMPruneError(f"Cannot write to {parent}: give an --output where you may write.")
-    ours = (directory / STATE).is_dir() or (directory / RECORD).is_file()
-    if directory.exists() and any(directory.iterdir()) and not ours and not overwrite:
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        raise LLMPruneError(f"Cannot write to {parent}: give an --output where you may read and write.")
+    ours = any((directory / name).exists() for name in (RECORD, JOURNAL, CLEARING))
+    if parent == directory and {file.name for file in directory.iterdir()} - {STATE} and not ours and not overwrite:
         raise LLMPruneError(
             f"{directory} exists and holds other files: give another --output, or pass --overwrite to replace the model in it."
         )
@@ -431,4 +473,5 @@ def _split(names: Sequence[str], entries: Mapping[str, Entry], limit: int) -> li
 
 
 def _needs_code(directory: Path) -> bool:
-    return bool(json.loads((directory / "config.json").read_text()).get("auto_map"))
+    with reading(directory / "config.json"):
+        return bool(json.loads((directory / "config.json").read_text()).get("auto_map"))

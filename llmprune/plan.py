@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .pruning import Prepared
+from .output import free_bytes
+from .pruning import Prepared, output_directory
 from .statistics import Hessian
 
 # Python, torch and transformers before any tensor, measured with `python -m llmprune env` on Linux.
@@ -26,6 +27,7 @@ class Plan:
     flops: float
     seconds: float
     disk_bytes: int
+    free_disk_bytes: int
 
 
 def make_plan(ready: Prepared) -> Plan:
@@ -50,6 +52,7 @@ def make_plan(ready: Prepared) -> Plan:
         flops,
         flops / (probe_flops(skeleton.device, skeleton.dtype) * EFFICIENCY) + overhead,
         disk,
+        free_bytes(output_directory(ready)),
     )
 
 
@@ -69,36 +72,45 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
     """Predicted peak resident memory on the computing device and the host together, by cause, in bytes."""
     recipe, skeleton = ready.recipe, ready.skeleton
     width = skeleton.dtype.itemsize
-    blocks = range(len(skeleton.blocks))
-    stored = max(sum(entry.nbytes for entry in skeleton.block_entries(i).values()) for i in blocks)
-    numel = max(sum(entry.numel for entry in skeleton.block_entries(i).values()) for i in blocks)
+    entries = [skeleton.block_entries(index).values() for index in range(len(skeleton.blocks))]
+    block = max(sum(entry.nbytes for entry in block) for block in entries)
     largest = max(linear.numel for linear in skeleton.all_linears())
-    converted = 0 if next(iter(skeleton.block_entries(0).values())).dtype == skeleton.dtype else numel * width
-    parts = {
-        "python, torch, transformers": BASELINE_BYTES,
-        # One block computing, one being read, one being written.
-        "weights": 3 * stored + converted,
-        # Scores, their partition and the keep mask of the largest matrix.
-        "scores": largest * (4 + 4 + 1),
-    }
-    outer = sum(skeleton.checkpoint.entries[name].numel for name in skeleton.outer_tensors()) * width
-    if recipe.calibration == "self":
-        outer = int(skeleton.parameters() * width * 1.3)
-    parts["embedding"] = max(outer - sum(parts.values()) + BASELINE_BYTES, 0)
+    stored = next(iter(entries[0])).dtype
+    # One block computing, one being read.
+    weights = 2 * block
+    if stored.itemsize < width:  # one matrix at a time is widened
+        weights += largest * width
+    elif stored != skeleton.dtype:
+        weights += block * width // stored.itemsize
+    # The largest matrix in float32, its scores and its keep mask.
+    deciding = largest * (4 + 4 + 1)
+    # The block before is being written, until deciding starts.
+    writing = block
+    parts = {"python, torch, transformers": BASELINE_BYTES, "weights": weights}
     if ready.method.STATISTIC:
         assert recipe.samples
         assert recipe.seqlen
         assert recipe.micro_batch
         tokens = recipe.samples * recipe.seqlen
-        batch = recipe.micro_batch * recipe.seqlen
         if not recipe.offload_activations:
             parts["activations"] = tokens * skeleton.hidden_size * width
+        live = recipe.micro_batch * recipe.seqlen
+        if recipe.sequential == "sublayer" and recipe.propagate == "pruned":
+            live = tokens
         widest = sum(linear.shape[0] for linear in skeleton.linears[0])
-        live = tokens if recipe.sequential == "sublayer" and recipe.propagate == "pruned" else batch
-        parts["one forward"] = 2 * live * (widest + 4 * skeleton.hidden_size) * width
+        forward = 2 * live * (widest + 4 * skeleton.hidden_size) * width
         sizes = [ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0)]
-        # SparseGPT inverts the largest one in float64: the matrix, its factor, the identity and the inverse.
-        parts["statistics"] = sum(sizes) + (9 * max(sizes) if ready.method.STATISTIC is Hessian else 0)
+        parts["statistics"] = sum(sizes)
+        if ready.method.STATISTIC is Hessian:
+            # SparseGPT inverts the largest one in float64: the matrix, its factor, the identity and the inverse.
+            deciding += 9 * max(sizes)
+        parts["writing and a forward, or scores"] = max(writing + forward, deciding)
+    else:
+        parts["writing and scores"] = writing + deciding
+    outer = sum(skeleton.checkpoint.entries[name].numel for name in skeleton.outer_tensors()) * width
+    if recipe.calibration == "self":
+        outer = int(skeleton.parameters() * width * 1.3)
+    parts["embedding"] = max(outer - sum(parts.values()) + BASELINE_BYTES, 0)
     return parts
 
 

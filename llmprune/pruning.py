@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 import torch
@@ -23,7 +23,7 @@ from .errors import LLMPruneError
 from .evaluate import perplexity
 from .methods import Method
 from .models import Skeleton, Source, load_tokenizer, resolve
-from .output import Output, check_directory, check_space, settled_recipe
+from .output import Facts, Output, check_directory, check_space, settled_recipe
 from .progress import bar
 from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm
@@ -190,9 +190,14 @@ def _open_output(ready: Prepared, identity: dict[str, str], ranks: Ranks) -> Out
     return output
 
 
+def output_directory(ready: Prepared) -> Path:
+    """Where a run writes."""
+    return ready.recipe.output or default_output(ready.recipe, ready.source)
+
+
 def check_run(ready: Prepared) -> Path:
     """The output directory, if this run may write there. Creates nothing."""
-    directory = ready.recipe.output or default_output(ready.recipe, ready.source)
+    directory = output_directory(ready)
     check_directory(directory, ready.source.directory, overwrite=ready.recipe.overwrite)
     if not directory.exists():
         check_space(directory, ready.skeleton.checkpoint.nbytes)
@@ -227,7 +232,8 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
 def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clock) -> dict[str, object]:
     """What llmprune.json says, but for measurements that come after it."""
     recipe, skeleton = ready.recipe, ready.skeleton
-    linears = output.linears()
+    facts = output.block_facts()
+    linears = {name: fact for block in facts for name, fact in cast(dict[str, Facts], block["linears"]).items()}
     prunable = skeleton.prunable_parameters()
     zeros = sum(int(str(fact["zeros"])) for fact in linears.values())
     return {
@@ -246,6 +252,7 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
             "prunable": prunable,
             "zero": zeros,
         },
+        "blocks": [{"influence": block["influence"]} for block in facts],
         "linears": linears,
         "clock_seconds": {key: round(value, 3) for key, value in asdict(clock).items()},
     }

@@ -1,67 +1,376 @@
-"""What a person reads when a run ends, or before it starts."""
+"""The page of a pruned model: one HTML file that needs nothing else, and its pictures as PNG files.
+
+    llmprune report llama-sparse
+
+The same record gives the same bytes.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from rich.console import Console
-from rich.table import Table
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from .plan import Plan
-from .pruning import Prepared, Result
+from . import pictures
+from .pictures import Picture, render
+from .record import Record, Task, read
+from .tables import use_of, weights_bytes
+
+PAGE = "report.html"
+# Sparsities that differ by less are one number: rounding to whole weights, not a decision.
+SAME = 0.005
+# What a run's clock measures; the rest of its time passes before the first block and after the last.
+CLOCK = {
+    "capture": "embedding the calibration set",
+    "observe": "forwards that observe",
+    "decide": "choosing weights",
+    "advance": "forwards of pruned blocks",
+    "read_wait": "waiting for the disk to read",
+    "write_wait": "waiting for the disk to write",
+}
+KEPT = {"ffn": "feed-forward width kept", "heads": "attention heads kept"}
 
 
-def show(result: Result) -> None:
-    """The summary table of a finished run, and one honest line on what it is good for."""
-    record = result.record
-    parameters = cast(dict[str, int], record["parameters"])
-    recipe = cast(dict[str, object], record["recipe"])
-    table = Table("", "dense", "pruned", title=f"{recipe['model']}, {recipe['method']}, {recipe['pattern']}")
-    table.add_row(
-        "non-zero parameters",
-        f"{parameters['total'] / 1e6:.1f} M",
-        f"{(parameters['total'] - parameters['zero']) / 1e6:.1f} M",
+def write_report(directory: Path, file: Path | None = None) -> Path:
+    """Write the page of a finished output directory, and its pictures into the folder of the page's name.
+
+    Args:
+        directory: what `llmprune prune` wrote.
+        file: the page; by default `report.html` in the directory.
+
+    Returns:
+        The page.
+
+    Raises:
+        LLMPruneError: the directory is not a finished result.
+    """
+    html, drawn = page(read(directory), weights_bytes(directory))
+    return write_page(html, drawn, file or directory / PAGE)
+
+
+def write_page(html: str, drawn: Sequence[Picture], file: Path) -> Path:
+    """Write a page, and its pictures as PNG beside it."""
+    folder = file.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for picture in drawn:
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
+    file.write_text(html, encoding="utf-8")
+    return file
+
+
+def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
+    """The page's HTML, and the pictures in it.
+
+    Args:
+        record: what the run wrote down.
+        disk_bytes: size of the weights as they are stored.
+    """
+    drawn = {picture.name: picture for picture in _pictures(record)}
+    evaluation = record.evaluation
+    recipe = {key: value for key, value in record.recipe.items() if key not in ("output", "overwrite")}
+    html = fill(
+        "report.html.j2",
+        record=record,
+        pictures=drawn,
+        disk_bytes=disk_bytes,
+        use=use_of(record.pattern),
+        perplexities=perplexities(record),
+        tasks=evaluation.tasks if evaluation else {},
+        protocol=_flat(evaluation.protocol) if evaluation else {},
+        roles=role_table(record),
+        times=clock(record),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
     )
-    table.add_row("sparsity of the prunable weights", "", f"{cast(float, record['sparsity']):.2%}")
-    if text := cast("dict[str, object] | None", record.get("perplexity")):
-        table.add_row("token perplexity", f"{text['dense']:.3f}", f"{text['pruned']:.3f}")
-    size = sum(file.stat().st_size for file in result.directory.glob("*.safetensors"))
-    table.add_row("weights on disk", "", f"{size / 1e6:.0f} MB")
-    table.add_row("time of the run", "", f"{record['seconds']} s")
-    table.add_row("peak memory", "", f"{cast(int, record['peak_rss_bytes']) / 1e9:.2f} GB")
-    console = Console()
-    console.print(table)
-    if text:
-        console.print(f"{text['protocol']}, of {text['text']}", highlight=False, soft_wrap=True)
-    console.print(use_of(str(recipe["pattern"])), highlight=False, soft_wrap=True)
-    console.print(f"model: {Path(result.directory)}", highlight=False, soft_wrap=True)
+    return html, list(drawn.values())
 
 
-def use_of(pattern: str) -> str:
-    """What the zeros of a pattern change, and what they do not."""
-    if pattern == "2:4":
-        return (
-            "2:4 zeros: same size on disk and the same speed with stock kernels; NVIDIA GPUs from Ampere on can run them "
-            "faster with sparse tensor-core kernels."
+def fill(template: str, **values: object) -> str:
+    """A template of this package with values in it, escaped, and the colours of the pictures."""
+    environment = Environment(
+        loader=PackageLoader("llmprune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"count": count, "size": size, "signed": signed, "breakable": breakable}
+    return environment.get_template(template).render(light=pictures.LIGHT, dark=pictures.DARK, **values)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A token perplexity of the pruned model, beside the dense model's where that is known."""
+
+    text: str
+    dense: float | None
+    pruned: float
+    protocol: str
+
+
+def perplexities(record: Record) -> list[Measured]:
+    found = []
+    if one := record.perplexity:
+        found.append(Measured(one.text, one.dense, one.pruned, one.protocol))
+    if record.evaluation and (other := record.evaluation.perplexity):
+        found.append(Measured(other.text, other.dense, other.token, other.protocol))
+    return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A value per block and role; NaN where a block has no such linear, or it was not measured."""
+
+    roles: tuple[str, ...]
+    cells: tuple[tuple[float, ...], ...]
+
+    def column(self, role: str) -> list[float]:
+        """The values of one role that are there."""
+        place = self.roles.index(role)
+        return [row[place] for row in self.cells if not math.isnan(row[place])]
+
+    def range(self) -> tuple[float, float]:
+        values = [value for row in self.cells for value in row if not math.isnan(value)]
+        return min(values), max(values)
+
+
+def sparsity_grid(record: Record) -> Grid:
+    """Fraction of zeros per block and role; linears that share both, such as experts, are taken together."""
+    return _grid(record, {name: (linear.zeros, linear.size) for name, linear in record.linears.items()})
+
+
+def outlier_grid(record: Record) -> Grid | None:
+    """Outlier ratio per block and role, or None where no linear has one."""
+    ratios = {
+        name: (linear.outlier_ratio * linear.size, linear.size)
+        for name, linear in record.linears.items()
+        if linear.outlier_ratio is not None
+    }
+    return _grid(record, ratios) if ratios else None
+
+
+def _grid(record: Record, shares: Mapping[str, tuple[float, int]]) -> Grid:
+    """Sum of parts over sum of sizes, for every block and role."""
+    roles = tuple(dict.fromkeys(linear.role for linear in record.linears.values()))
+    blocks = 1 + max(map(block_of, record.linears))
+    part = [[0.0] * len(roles) for _ in range(blocks)]
+    whole = [[0] * len(roles) for _ in range(blocks)]
+    for name, (amount, of) in shares.items():
+        block, column = block_of(name), roles.index(record.linears[name].role)
+        part[block][column] += amount
+        whole[block][column] += of
+    rows = zip(part, whole, strict=True)
+    return Grid(roles, tuple(tuple(p / w if w else math.nan for p, w in zip(*row, strict=True)) for row in rows))
+
+
+def block_of(name: str) -> int:
+    """Which block a linear is in: the first number in its name, as in `model.layers.7.mlp.up_proj`."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+@dataclass(frozen=True)
+class RoleRow:
+    """What became of all linears of one role."""
+
+    role: str
+    shapes: str
+    parameters: int
+    zeros: int
+    low: float
+    high: float
+
+    @property
+    def even(self) -> bool:
+        return self.high - self.low < SAME
+
+
+def role_table(record: Record) -> list[RoleRow]:
+    grid = sparsity_grid(record)
+    rows = []
+    for role in grid.roles:
+        linears = [linear for linear in record.linears.values() if linear.role == role]
+        shapes = dict.fromkeys(f"{linear.shape[0]} × {linear.shape[1]}" for linear in linears)
+        values = grid.column(role)
+        rows.append(
+            RoleRow(
+                role,
+                next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+                sum(linear.size for linear in linears),
+                sum(linear.zeros for linear in linears),
+                min(values),
+                max(values),
+            )
         )
-    kind = "Unstructured" if pattern == "unstructured" else pattern
-    return f"{kind} zeros: same size on disk, no speed-up with stock kernels; loads with stock transformers."
+    return rows
 
 
-def show_plan(ready: Prepared, plan: Plan) -> None:
-    """The predictions of `llmprune plan`."""
-    console = Console()
-    settings = Table("option", "value", "why", title="Settled recipe")
-    for key, value in ready.recipe.model_dump(mode="json", exclude_none=True).items():
-        settings.add_row(key, str(value), ready.reasons.get(key, ""))
-    console.print(settings)
-    table = Table("prediction", "value", title="Cost")
-    table.add_row("peak memory", f"{plan.peak_memory_bytes / 1e9:.2f} GB")
-    for part, size in plan.memory_parts.items():
-        table.add_row(f"  {part}", f"{size / 1e9:.3f} GB")
-    table.add_row("forwards of the calibration set", f"{plan.forwards:.2f}")
-    table.add_row("floating point operations", f"{plan.flops:.2e}")
-    table.add_row("time", f"{plan.seconds:.0f} s, if this machine's matrix products set the pace")
-    table.add_row("bytes on disk", f"{plan.disk_bytes / 1e9:.3f} GB")
-    console.print(table)
+def clock(record: Record) -> list[tuple[str, float]]:
+    """Where the run's time went, in seconds."""
+    times = [(label, record.clock_seconds[key]) for key, label in CLOCK.items() if key in record.clock_seconds]
+    rest = record.seconds - sum(seconds for _, seconds in times)
+    return [*times, ("everything before and after the blocks", max(rest, 0.0))]
+
+
+def _pictures(record: Record) -> list[Picture]:
+    found: list[Picture | None] = [
+        _perplexity_picture(record),
+        _score_picture(record),
+        _sparsity_picture(record),
+        _kept_picture(record),
+        _influence_picture(record),
+        _outlier_picture(record),
+        _parameter_picture(record),
+        _time_picture(record),
+    ]
+    return [picture for picture in found if picture]
+
+
+def _perplexity_picture(record: Record) -> Picture | None:
+    rows = [(f"token perplexity of {one.text}", one.dense, one.pruned) for one in perplexities(record)]
+    if record.evaluation:
+        # A task that is scored by a perplexity has no place on an axis of accuracies.
+        others = {name: task for name, task in record.evaluation.tasks.items() if not _is_rate(task)}
+        rows += [
+            (f"{name}, {task.metric}", task.dense.value if task.dense else None, task.value) for name, task in others.items()
+        ]
+    if not rows:
+        return None
+    said = "; ".join(f"{name}: " + (f"dense {dense:.4g}, " if dense else "") + f"pruned {own:.4g}" for name, dense, own in rows)
+    return render("perplexity", f"{said}. Lower is better.", pictures.pairs(rows))
+
+
+def _is_rate(task: Task) -> bool:
+    values = [task.value, *([task.dense.value] if task.dense else [])]
+    return task.higher_is_better and all(0 <= value <= 1 for value in values)
+
+
+def _score_picture(record: Record) -> Picture | None:
+    tasks = {name: task for name, task in record.evaluation.tasks.items() if _is_rate(task)} if record.evaluation else {}
+    rows = []
+    for name, task in tasks.items():
+        change = task.difference
+        rows.append(
+            pictures.Score(
+                name,
+                task.value,
+                task.stderr or 0.0,
+                task.dense.value if task.dense else None,
+                (task.dense.stderr if task.dense else None) or 0.0,
+                signed(change.value) if change else "",
+                f"[{signed(change.low)}, {signed(change.high)}]" if change else "",
+            )
+        )
+    if not rows:
+        return None
+    said = "; ".join(
+        f"{row.task}: " + (f"dense {row.dense:.3f}, " if row.dense is not None else "") + f"pruned {row.pruned:.3f}"
+        for row in rows
+    )
+    return render("tasks", f"Task scores. {said}.", pictures.scores(rows))
+
+
+def _sparsity_picture(record: Record) -> Picture | None:
+    grid = sparsity_grid(record)
+    low, high = grid.range()
+    if high - low < SAME:
+        return None
+    # A scale no finer than 10 points, on round numbers: colour should mean a decision.
+    first, last = math.floor(low * 20) * 5, math.ceil(high * 20) * 5
+    if last - first < 10:
+        first = max(0, min(first, 90))
+        last = first + 10
+    names = [f"{row.role} {row.low:.0%}" if row.even else row.role for row in role_table(record)]
+    percent = [[value * 100 for value in row] for row in grid.cells]
+    alt = f"Map of sparsity per block and role, from {low:.1%} to {high:.1%}."
+    return render("sparsity", alt, pictures.heatmap(percent, names, (first, last), "zeros, %"))
+
+
+def _outlier_picture(record: Record) -> Picture | None:
+    grid = outlier_grid(record)
+    if grid is None:
+        return None
+    low, high = grid.range()
+    percent = [[value * 100 for value in row] for row in grid.cells]
+    alt = f"Map of the outlier ratio per block and role, from {low:.2%} to {high:.2%}."
+    return render("outliers", alt, pictures.heatmap(percent, grid.roles, (0, high * 100 or 1), "outliers, %"))
+
+
+def _influence_picture(record: Record) -> Picture | None:
+    series = []
+    said = []
+    for key, label in (("influence", "block influence"), ("output_error", "output error of the pruned block")):
+        values: list[float | None] = [getattr(block, key) for block in record.blocks]
+        there = {index: value for index, value in enumerate(values) if value is not None}
+        if there:
+            series.append((label, values, None))
+            top = max(there, key=there.__getitem__)
+            said.append(f"{label}: largest in block {top}, {there[top]:.3g}, least {min(there.values()):.3g}")
+    return render("blocks", f"{'; '.join(said)}.", pictures.per_block(series)) if series else None
+
+
+def _kept_picture(record: Record) -> Picture | None:
+    series = []
+    for key, values in record.kept.items():
+        dense = record.dense_widths.get(key)
+        series.append((KEPT.get(key, key), values, float(max(dense) if isinstance(dense, list) else dense) if dense else None))
+    said = "; ".join(f"{label}: {min(values)} to {max(values)}" for label, values, _ in series)
+    return render("kept", f"Kept per block. {said}.", pictures.per_block(series)) if series else None
+
+
+def _parameter_picture(record: Record) -> Picture:
+    own = record.parameters
+    fixed = own.total - own.prunable
+    bars = [
+        ("dense", [(fixed, "fixed"), (own.prunable, "kept")]),
+        ("pruned", [(fixed, "fixed"), (own.prunable - own.zero, "kept"), (own.zero, "zero")]),
+    ]
+    names = {
+        "fixed": f"never pruned: {count(fixed)}",
+        "kept": f"prunable, kept: {count(own.prunable - own.zero)}",
+        "zero": f"zero: {count(own.zero)}",
+    }
+    return render("parameters", f"Parameters. {'; '.join(names.values())}.", pictures.parts(bars, names))
+
+
+def _time_picture(record: Record) -> Picture:
+    times = clock(record)
+    said = "; ".join(f"{label}: {seconds:.1f} s" for label, seconds in times)
+    return render("time", f"Where the time went. {said}.", pictures.timings(times))
+
+
+def _flat(values: Mapping[str, object]) -> dict[str, str]:
+    """A protocol's values as text, without those that were not set."""
+    return {
+        key.replace("_", " "): value if isinstance(value, str) else json.dumps(value)
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def count(number: int) -> str:
+    """A number of parameters as people say it."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return str(number)
+
+
+def size(number: int) -> str:
+    """Bytes as people say them."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number / 1000:.1f} kB"
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+def signed(value: float) -> str:
+    """A difference of scores, with its sign."""
+    return f"{value:+.3f}".replace("-", "−")

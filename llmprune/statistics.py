@@ -22,6 +22,12 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def outlier_ratio(score_OI: Tensor, multiple: float = 5.0) -> float:
+    """Share of a linear's scores above `multiple` times their mean (OWL, arXiv 2310.05175, section 3.2: the more, the less it
+    should be pruned)."""
+    return int((score_OI > multiple * score_OI.mean()).sum()) / score_OI.numel()
+
+
 class Statistic(Protocol):
     """A sum over calibration tokens of something computed from a linear's input."""
 

@@ -24,7 +24,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from typing import Literal, TypeVar
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from .errors import LLMPruneError
 from .models import Linear, Skeleton
@@ -182,6 +183,9 @@ class Stream:
         self.replay = Replay()
         self.batches: list[slice] = []
         self.activations: Activations | None = None
+        self._writing: Future[None] | None = None
+        # Sum over tokens of the cosine similarity of the latest block's input and output, and how many tokens.
+        self.similarity = torch.zeros(2, dtype=torch.float64)
         # The role that runs last in a block, once the first forward has shown it.
         self.last_role: str | None = None
         # Roles that read the same tensor as another role which runs before them (k and v: q), likewise.
@@ -258,12 +262,14 @@ class Stream:
         return output[0] if isinstance(output, tuple) else output
 
     def finish_forward(self, block: int, batch: int, output_BTI: Tensor) -> None:
-        """Check a block's output and make it the input of the next block."""
+        """Check a block's output, compare it with the input and make it the input of the next block."""
         if not all_finite(output_BTI):
             raise LLMPruneError(
                 f"Block {block} produced NaN or infinite activations in {self.skeleton.dtype}: check the weights, or "
                 "compute in a wider type with --dtype float32."
             )
+        cosine_BT = cosine_similarity(self.hidden(batch).float(), output_BTI.float(), dim=-1)
+        self.similarity += torch.tensor([float(cosine_BT.double().sum()), cosine_BT.numel()])
         self._store(batch, output_BTI)
 
     # Blocks ------------------------------------------------------------------------------------------------------
@@ -277,7 +283,8 @@ class Stream:
         first = 0 if self.ids_NT is not None else finished  # without samples there is nothing to replay
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             reading = reader.submit(self._read_block, first, finished)
-            writing = writer.submit(self.output.write_outer) if self.output and self.ranks.is_main else None
+            if self.output and self.ranks.is_main:
+                self._writing = writer.submit(self.output.write_outer)
             if self.ids_NT is not None:
                 self.capture()
             for index in range(first, count):
@@ -286,23 +293,31 @@ class Stream:
                 if index + 1 < count:
                     reading = reader.submit(self._read_block, index + 1, finished)
                 self.skeleton.fill_block(index, stored)
+                self.similarity.zero_()
                 block = Block(self, index)
                 if index >= finished:
                     yield block
                 block.advance()
                 if index >= finished and self.output and self.ranks.is_main:
                     facts = block.facts()
-                    with self.clock.measure("write_wait"):
-                        if writing:
-                            writing.result()
-                    writing = writer.submit(self.output.write_block, index, self._stored_tensors(stored), facts)
+                    self.finish_writing()
+                    self._writing = writer.submit(self.output.write_block, index, self._stored_tensors(stored), facts)
                 self.skeleton.empty_block(index)
                 self.advance_progress(f"block {index}")
                 del stored, block
                 _return_free_memory()
-            if writing:
-                with self.clock.measure("write_wait"):
-                    writing.result()
+            self.finish_writing()
+
+    def finish_writing(self) -> None:
+        """Wait until what is being written is on the disk and its memory free.
+
+        Raises:
+            LLMPruneError: it could not be written.
+        """
+        if self._writing:
+            with self.clock.measure("write_wait"):
+                self._writing.result()
+            self._writing = None
 
     def _read_block(self, index: int, finished: int) -> dict[str, Tensor]:
         """A block's tensors by parameter name, in their stored dtype.
@@ -352,6 +367,8 @@ class Block:
                 return
             linear, statistic = pair
             self._check(linear, statistic)
+            # Deciding takes copies of the largest matrix: not while the block before this one is still in memory.
+            self.stream.finish_writing()
             with clock.measure("decide"):
                 yield linear, statistic
 
@@ -477,15 +494,22 @@ class Block:
         self._advanced = True
         self.stream.clock.forwards += 1
 
-    def facts(self) -> dict[str, dict[str, object]]:
-        """What became of each linear, for the record."""
-        return {
+    def facts(self) -> dict[str, object]:
+        """What became of the block and its linears, for the record.
+
+        `influence` is 1 - the mean cosine similarity of the block's input and output (ShortGPT, arXiv 2403.03853, equation 1),
+        over the samples of this rank; None for a block whose output nobody needed.
+        """
+        cosines, tokens = self.stream.similarity.tolist()
+        linears = {
             linear.name: {
                 "role": linear.role,
                 "shape": list(linear.shape),
                 "tensor": self.stream.skeleton.stored_names[f"{linear.name}.weight"],
                 "transposed": linear.transposed,
                 "zeros": linear.zeros,
+                **linear.facts,
             }
             for linear in self.linears
         }
+        return {"influence": 1 - cosines / tokens if tokens else None, "linears": linears}

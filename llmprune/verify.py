@@ -1,19 +1,18 @@
-"""Is a pruned directory what its record says? Every shard's hash, every linear's sparsity and pattern, the recipe."""
+"""Is a pruned directory what its record says? Every file's hash, every linear's sparsity and pattern."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from . import output
+from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
 from .methods.sparsegpt import COLUMNS
-from .output import RECIPE, RECORD, STATE
+from .output import RECORD, STATE
 from .patterns import NM, removed_count
 from .recipe import parse_nm
 from .statistics import all_finite
@@ -23,7 +22,7 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     """What is wrong with a finished output directory, one sentence each; an empty list if nothing is.
 
     Raises:
-        LLMPruneError: the directory is not a finished result of llmprune.
+        LLMPruneError: the directory is not a finished result of llmprune, its record is damaged, or a file cannot be read.
     """
     record = read_record(directory)
     problems = []
@@ -31,14 +30,12 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     for file in sorted(path.name for path in directory.glob("model*.safetensors")):
         if file not in record["shards"]:
             problems.append(f"{file} does not belong to this model.")
-    for file, digest in {**record["shards"], **record["copied"], RECIPE: record["recipe_sha256"]}.items():
+    for file, digest in {**record["shards"], **record["copied"], **record["written"]}.items():
         path = directory / file
         if not path.is_file():
             problems.append(f"{file} is missing.")
-        else:
-            with open(path, "rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                    problems.append(f"{file} is not what was written: its SHA-256 differs.")
+        elif hash_file(path) != digest:
+            problems.append(f"{file} is not what was written: its SHA-256 differs.")
         advance_progress(file)
     if problems:
         return problems
@@ -55,17 +52,11 @@ def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
     Raises:
         LLMPruneError: it is missing, damaged, or the run is not finished.
     """
-    file = directory / RECORD
-    if not file.is_file():
+    if not (directory / RECORD).is_file():
         if (directory / STATE).is_dir():
             raise LLMPruneError(f"{directory} holds an unfinished run: give its prune command again to finish it.")
         raise LLMPruneError(f"{directory} holds no {RECORD}: give a directory that llmprune wrote.")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        [record[key] for key in ("shards", "copied", "linears", "recipe", "recipe_sha256")]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LLMPruneError(f"{file} is damaged ({error!r}): prune again.") from error
-    return dict(record)
+    return output.read_record(directory)
 
 
 def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]:  # type: ignore[type-arg]

@@ -5,6 +5,8 @@ python evals/bench/random_llama.py DIR --blocks 32 --hidden 4096 --ffn 11008 --h
 
 import argparse
 import json
+import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,8 +41,9 @@ def write(
     vocab: int = 32000,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    hollow: bool = False,
 ) -> None:
-    """One shard per block, weights normal with the usual 0.02."""
+    """One shard per block, weights normal with the usual 0.02; `hollow` shards are all zeros in files that take no room."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -56,6 +59,20 @@ def write(
     generator = torch.Generator().manual_seed(seed)
     weight_map = {}
 
+    def save(named: list[tuple[str, tuple[int, ...]]], file: Path) -> None:
+        if not hollow:
+            save_file({name: tensor(shape) for name, shape in named}, file, metadata={"format": "pt"})
+            return
+        header, end = {}, 0
+        for name, shape in named:
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        with open(file, "wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.truncate(8 + len(text) + end)
+
     def tensor(shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype)
@@ -68,9 +85,9 @@ def write(
     }
     for index, named in enumerate([outer.items(), *(shapes(config, block) for block in range(blocks))]):
         file = f"model-{index + 1:05}-of-{blocks + 1:05}.safetensors"
-        tensors = {name: tensor(shape) for name, shape in named}
-        weight_map.update(dict.fromkeys(tensors, file))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        listed = list(named)
+        weight_map.update(dict.fromkeys((name for name, _ in listed), file))
+        save(listed, folder / file)
     index_json = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
 

@@ -19,13 +19,15 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Check the options only.")] = False,
 ) -> None:
+    from ..output import check_directory
     from ..plan import make_plan
-    from ..pruning import check_run, coverage_line, prepare
-    from ..report import show_plan
+    from ..pruning import coverage_line, output_directory, prepare
+    from ..tables import show_plan
 
     silent = quiet or as_json
     ready = prepare(recipe, (lambda line: None) if silent else print)
-    check_run(ready)
+    # A disk that is too small is for the plan to show and no reason to refuse it.
+    check_directory(output_directory(ready), ready.source.directory, overwrite=ready.recipe.overwrite)
     plan = make_plan(ready)
     if as_json:
         settled = ready.recipe.model_dump(mode="json", exclude_none=True)

@@ -43,7 +43,7 @@ def command(
     if as_json:
         print(json.dumps({"output": str(result.directory), **result.record}, indent=2))
     elif not quiet:
-        from ..report import show
+        from ..tables import show
 
         show(result)
 

@@ -12,7 +12,7 @@ keeps the score in the weight's own units.
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..statistics import InputNorm
+from ..statistics import InputNorm, outlier_ratio
 from ..stream import Stream
 
 STATISTIC = InputNorm
@@ -22,4 +22,6 @@ def prune(stream: Stream, recipe: Recipe) -> None:
     pattern = recipe.competition(default="row")
     for block in stream.blocks():
         for linear, norm in block.observe(InputNorm):
-            linear.keep(pattern.keep(linear.weight_OI.abs() * norm.rms_I))
+            score_OI = linear.weight_OI.abs() * norm.rms_I
+            linear.keep(pattern.keep(score_OI))
+            linear.facts["outlier_ratio"] = outlier_ratio(score_OI)

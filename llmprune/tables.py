@@ -1,0 +1,72 @@
+"""What a person reads in the terminal when a run ends, or before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+from .plan import Plan
+from .pruning import Prepared, Result
+
+
+def show(result: Result) -> None:
+    """The summary table of a finished run, and one honest line on what it is good for."""
+    record = result.record
+    parameters = cast(dict[str, int], record["parameters"])
+    recipe = cast(dict[str, object], record["recipe"])
+    table = Table("", "dense", "pruned", title=f"{recipe['model']}, {recipe['method']}, {recipe['pattern']}")
+    table.add_row(
+        "non-zero parameters",
+        f"{parameters['total'] / 1e6:.1f} M",
+        f"{(parameters['total'] - parameters['zero']) / 1e6:.1f} M",
+    )
+    table.add_row("sparsity of the prunable weights", "", f"{cast(float, record['sparsity']):.2%}")
+    if text := cast("dict[str, object] | None", record.get("perplexity")):
+        table.add_row("token perplexity", f"{text['dense']:.3f}", f"{text['pruned']:.3f}")
+    table.add_row("weights on disk", "", f"{weights_bytes(result.directory) / 1e6:.0f} MB")
+    table.add_row("time of the run", "", f"{record['seconds']} s")
+    table.add_row("peak memory", "", f"{cast(int, record['peak_rss_bytes']) / 1e9:.2f} GB")
+    console = Console()
+    console.print(table)
+    if text:
+        console.print(f"{text['protocol']}, of {text['text']}", highlight=False, soft_wrap=True)
+    console.print(use_of(str(recipe["pattern"])), highlight=False, soft_wrap=True)
+    console.print(f"model: {Path(result.directory)}", highlight=False, soft_wrap=True)
+
+
+def weights_bytes(directory: Path) -> int:
+    """What a model's weights take on the disk."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def use_of(pattern: str) -> str:
+    """What the zeros of a pattern change, and what they do not."""
+    if pattern == "2:4":
+        return (
+            "2:4 zeros: same size on disk and the same speed with stock kernels; NVIDIA GPUs from Ampere on can run them "
+            "faster with sparse tensor-core kernels."
+        )
+    kind = "Unstructured" if pattern == "unstructured" else pattern
+    return f"{kind} zeros: same size on disk, no speed-up with stock kernels; loads with stock transformers."
+
+
+def show_plan(ready: Prepared, plan: Plan) -> None:
+    """The predictions of `llmprune plan`."""
+    console = Console()
+    settings = Table("option", "value", "why", title="Settled recipe")
+    for key, value in ready.recipe.model_dump(mode="json", exclude_none=True).items():
+        settings.add_row(key, str(value), ready.reasons.get(key, ""))
+    console.print(settings)
+    table = Table("prediction", "value", title="Cost")
+    table.add_row("peak memory", f"{plan.peak_memory_bytes / 1e9:.2f} GB")
+    for part, size in plan.memory_parts.items():
+        table.add_row(f"  {part}", f"{size / 1e9:.3f} GB")
+    table.add_row("forwards of the calibration set", f"{plan.forwards:.2f}")
+    table.add_row("floating point operations", f"{plan.flops:.2e}")
+    table.add_row("time", f"{plan.seconds:.0f} s, if this machine's matrix products set the pace")
+    short = "" if plan.disk_bytes < plan.free_disk_bytes else ": TOO LITTLE, give an --output on another disk"
+    table.add_row("bytes on disk", f"{plan.disk_bytes / 1e9:.3f} GB, {plan.free_disk_bytes / 1e9:.1f} GB free{short}")
+    console.print(table)
