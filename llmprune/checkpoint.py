@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import LLMPruneError
@@ -27,20 +27,22 @@ INDEX = "model.safetensors.index.json"
 # Weights in formats that execute code when read, and what each is called.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
+# In the order in which the library lays tensors out.
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _fill(view: memoryview, stream: RawIOBase, offset: int, name: str) -> None:
+def _fill(view: memoryview, stream: FileIO, offset: int, name: str) -> None:
     """Read until `view` is full; one call may read less, above all from a file that comes over a network."""
     stream.seek(offset)
     done = 0
@@ -218,8 +220,15 @@ def _product(shape: tuple[int, ...]) -> int:
     return result
 
 
-def write_shard(file: Path, tensors: dict[str, Tensor]) -> str:
-    """Write one safetensors file so that it is either complete and on the disk, or absent.
+def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file, byte for byte as the library would, so that it is either complete and on the disk or absent.
+
+    The library itself writes under a random name, which a killed process leaves behind for good, and gives its files to
+    their owner alone; besides, the hash comes for free here.
+
+    Args:
+        file: where to.
+        tensors: contiguous, on the CPU.
 
     Returns:
         The SHA-256 of the file.
@@ -227,30 +236,39 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> str:
     Raises:
         OSError: the disk is full or not writable; nothing is left behind.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        digest = sync_and_hash(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(file.parent)
-    return digest
+    # The widest types first, so that every tensor is aligned to its own type.
+    ordered = sorted(tensors.items(), key=lambda item: (list(NAMES).index(item[1].dtype), item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    parts = (tensor.view(-1).view(torch.uint8).numpy().data for _, tensor in ordered)
+    return _write_parts(file, chain([struct.pack("<Q", len(text)), text], parts))
 
 
 def write_file(file: Path, content: bytes) -> str:
     """Write a small file atomically and durably. Returns its SHA-256."""
+    return _write_parts(file, [content])
+
+
+def _write_parts(file: Path, parts: Iterable[bytes | memoryview]) -> str:
     temporary = file.with_name(f".{file.name}.tmp")
+    digest = hashlib.sha256()
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content)
+            for part in parts:
+                stream.write(part)
+                digest.update(part)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(file.parent)
-    return hashlib.sha256(content).hexdigest()
+    return digest.hexdigest()
 
 
 def write_text(file: Path, text: str) -> str:
@@ -261,13 +279,6 @@ def write_text(file: Path, text: str) -> str:
 def hash_file(file: Path) -> str:
     """The SHA-256 of a file's bytes. Raises `LLMPruneError` if it cannot be read."""
     with reading(file), open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_and_hash(file: Path) -> str:
-    """Flush a file to the disk and return the SHA-256 of its bytes."""
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

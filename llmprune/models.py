@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gguf
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import Checkpoint, Entry, reading
 from .errors import LLMPruneError
 from .statistics import all_finite
 
@@ -194,8 +194,10 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     file = directory / "config.json"
     if not file.is_file():
         raise LLMPruneError(f"{directory} holds no config.json: give a Hugging Face model directory.")
+    with reading(file):
+        text = file.read_bytes()
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(text)
     except ValueError as error:
         raise LLMPruneError(f"{file} is not valid JSON ({error}): download it again.") from error
     if not isinstance(raw, dict):

@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import INDEX, Checkpoint, Entry, hash_file, read_header, reading, write_file, write_shard, write_text
@@ -313,7 +312,7 @@ class Output:
         """A disk that is full or fails is the user's to mend, and costs no finished block."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise LLMPruneError(
                 f"Could not write {what} in {self.directory} ({error}): finished blocks are kept; make room or mend the "
                 "disk, then give the same command again (without --overwrite)."
@@ -355,11 +354,16 @@ class Output:
                         with reading(file):
                             content = file.read_bytes()
                         copied[file.name] = write_file(self.directory / file.name, content)
-            written = {RECIPE: write_text(self.directory / RECIPE, recipe)}
-            # With its index the directory is a model, so this comes after everything else.
-            written[INDEX] = write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
-        shards = self._shard_digests()
-        self.write_record({"identity": self.identity, "written": written, "copied": copied, "shards": shards, **record})
+            full = {
+                "identity": self.identity,
+                "recipe_sha256": write_text(self.directory / RECIPE, recipe),
+                # With its index the directory is a model, so everything else has been written.
+                "index_sha256": write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n"),
+                "copied": copied,
+                "shards": self._shard_digests(),
+                **record,
+            }
+        self.write_record(full)
         self.complete = True
 
     def _shard_digests(self) -> dict[str, str]:

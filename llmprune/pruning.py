@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 import resource
@@ -18,7 +17,7 @@ import torch
 
 from . import __version__, calibration, methods, sampling, settings
 from .calibration import TokenSet
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
 from .evaluate import perplexity
 from .methods import Method
@@ -353,8 +352,7 @@ def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
         # GPU libraries choose their kernels, and so their rounding, by shape.
         identity["micro-batch"] = str(recipe["micro_batch"])
     identity["model weights"] = ready.skeleton.checkpoint.fingerprint()[:16]
-    config = (ready.source.directory / "config.json").read_bytes()
-    identity["model config"] = hashlib.sha256(config).hexdigest()[:16]
+    identity["model config"] = hash_file(ready.source.directory / "config.json")[:16]
     identity["calibration tokens"] = tokens.sha256[:16] if tokens else "none"
     return identity | {f"{name} version": version for name, version in versions().items() if name != "python"}
 
@@ -373,6 +371,11 @@ def versions() -> dict[str, str]:
 
 def peak_rss() -> int:
     """The largest resident memory of this process so far, in bytes."""
+    # getrusage's figure survives exec: it would be the parent's, where that was larger.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -371,6 +371,7 @@ class Block:
             self.stream.finish_writing()
             with clock.measure("decide"):
                 yield linear, statistic
+                _return_free_memory()
 
     def _observe(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
         """Statistics of all linears from one forward of the block as it is."""

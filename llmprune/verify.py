@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import output
-from .checkpoint import Checkpoint, hash_file
+from .checkpoint import INDEX, Checkpoint, hash_file
 from .errors import LLMPruneError
 from .methods.sparsegpt import COLUMNS
-from .output import RECORD, STATE
+from .output import RECIPE, RECORD, STATE
 from .patterns import NM, removed_count
 from .recipe import parse_nm
 from .statistics import all_finite
@@ -30,7 +30,8 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     for file in sorted(path.name for path in directory.glob("model*.safetensors")):
         if file not in record["shards"]:
             problems.append(f"{file} does not belong to this model.")
-    for file, digest in {**record["shards"], **record["copied"], **record["written"]}.items():
+    written = {RECIPE: record["recipe_sha256"], INDEX: record["index_sha256"]}
+    for file, digest in {**record["shards"], **record["copied"], **written}.items():
         path = directory / file
         if not path.is_file():
             problems.append(f"{file} is missing.")

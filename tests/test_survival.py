@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llmprune
 from llmprune.checkpoint import Checkpoint
 from llmprune.errors import LLMPruneError
+from llmprune.output import sealed
 from llmprune.verify import verify
 
 HARNESS = Path(__file__).parent / "helpers" / "crash_harness.py"
@@ -60,19 +61,41 @@ def launch(ranks, model_dir, output, *flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe",
-    [{"method": "wanda"}, {"method": "sparsegpt", "sequential": "sublayer"}, {"method": "random", "calibration": None}],
-    ids=lambda recipe: recipe["method"],
-)
-def test_a_run_killed_anywhere_resumes_to_the_same_bytes(model_dir, tmp_path, recipe):
-    kills = int(os.environ.get("LLMPRUNE_KILLS", "6"))
-    options = json.dumps({**OPTIONS, **recipe})
-    command = [sys.executable, str(HARNESS), str(model_dir), str(tmp_path), "--kills", str(kills), "--recipe", options]
+def harness(model_dir, workdir, *flags, **recipe):
+    """Run the crash harness in a process of its own, which forks the ones it kills. Returns what it prints on both streams."""
+    command = [sys.executable, str(HARNESS), str(model_dir), str(workdir), *flags, "--recipe", json.dumps(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kills"] == kills
+    return json.loads(done.stdout), done.stderr
+
+
+# Recipe to the kills of an ordinary test run.
+KILLED = {
+    "wanda": ({"method": "wanda"}, 6),
+    "sparsegpt-sublayer": ({"method": "sparsegpt", "sequential": "sublayer"}, 6),
+    "random": ({"method": "random", "calibration": None}, 6),
+    "wanda-sublayer": ({"method": "wanda", "sequential": "sublayer"}, 2),
+    "wanda-dense": ({"method": "wanda", "propagate": "dense"}, 2),
+    "wanda-offloaded": ({"method": "wanda", "offload_activations": "scratch"}, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KILLED)
+def test_a_run_killed_anywhere_resumes_to_the_same_bytes(model_dir, tmp_path, case):
+    recipe, few = KILLED[case]
+    kills = os.environ.get("LLMPRUNE_KILLS", str(few))
+    if "offload_activations" in recipe:
+        recipe = {**recipe, "offload_activations": str(tmp_path / recipe["offload_activations"])}
+    counts, _ = harness(model_dir, tmp_path, "--kills", kills, **{**OPTIONS, **recipe})
+    assert counts["kills"] == int(kills)
+    assert not list(tmp_path.glob("scratch/*"))
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_start_at_once_one_wins_and_the_other_is_refused(model_dir, tmp_path):
+    _, errors = harness(model_dir, tmp_path, "--races", "3", **{**OPTIONS, "samples": 150})
+    assert errors.count("in use by another llmprune run") == errors.count("refused: ") == 3
 
 
 @pytest.mark.parametrize("block", [0, 2])
@@ -212,16 +235,54 @@ def test_a_finished_output_verifies(finished):
     assert verify(finished) == []
 
 
-def test_one_flipped_byte_anywhere_in_a_shard_is_found(finished):
-    shard = finished / "model-00003-of-00005.safetensors"
-    content = bytearray(shard.read_bytes())
-    for position in (0, 9, len(content) // 2, len(content) - 1):
-        content[position] ^= 1
-        shard.write_bytes(content)
-        assert any(shard.name in problem for problem in verify(finished))
-        content[position] ^= 1
-        shard.write_bytes(content)
-    assert verify(finished) == []
+@pytest.mark.slow
+def test_one_flipped_byte_anywhere_is_found(tmp_path):
+    shape = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 5}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    llmprune.prune(str(tmp_path / "model"), output=out, method="random")
+    for file in out.iterdir():
+        content = bytearray(file.read_bytes())
+        for position in range(len(content)):
+            content[position] ^= 1
+            file.write_bytes(content)
+            try:
+                found = verify(out)
+            except LLMPruneError as error:
+                found = [str(error)]
+            assert any(file.name in problem for problem in found), (file.name, position)
+            content[position] ^= 1
+        file.write_bytes(content)
+    assert verify(out) == []
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "llmprune.json"}
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude", "random"])
+def test_the_same_command_twice_writes_the_same_bytes(model_dir, tmp_path, method):
+    for name in ("one", "two"):
+        llmprune.prune(str(model_dir), output=tmp_path / name, method=method, **OPTIONS)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_the_number_of_threads_does_not_change_a_mask(tmp_path, method):
+    # Large enough that torch does share its work out.
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, dtype="float32"
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            llmprune.prune(str(tmp_path / "model"), output=tmp_path / str(threads), method=method, **{**OPTIONS, "seqlen": 200})
+    finally:
+        torch.set_num_threads(before)
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert all(torch.equal(one[name] == 0, two[name] == 0) for name in one)
 
 
 def rewritten(folder, change):
@@ -235,7 +296,8 @@ def rewritten(folder, change):
     save_file(tensors, shard, metadata={"format": "pt"})
     record = json.loads((folder / "llmprune.json").read_text())
     record["shards"][shard.name] = hashlib.sha256(shard.read_bytes()).hexdigest()
-    (folder / "llmprune.json").write_text(json.dumps(record))
+    del record["sha256"]
+    (folder / "llmprune.json").write_bytes(sealed(record, indent=2))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Kill real pruning processes with SIGKILL and check that what they resume to has the same bytes.
 
-    python tests/helpers/crash_harness.py MODEL WORKDIR --kills 50 -- --method wanda --calibration random --samples 4
+    python tests/helpers/crash_harness.py MODEL WORKDIR --kills 50 --recipe '{"calibration": "random", "samples": 4}'
+    python tests/helpers/crash_harness.py MODEL WORKDIR --races 5 --recipe '{"calibration": "random", "samples": 400}'
 
 Imports once, forks a child per attempt. Half of the kills hit a chosen file operation in the output directory (the n-th open,
 rename or removal, seen through an audit hook), the other half a random moment. A child that finishes is compared with an
-uninterrupted run, then the directory is removed and killing goes on.
+uninterrupted run, then the directory is removed and killing goes on. `--races` starts two runs on one directory at the same
+moment instead: one wins, the other is refused.
 """
 
 import argparse
@@ -59,12 +61,14 @@ def die_after(seconds: float) -> None:
     threading.Thread(target=kill, daemon=True).start()
 
 
-def attempt(recipe: Recipe, folder: Path, death: tuple[str, float] | None) -> int:
-    """Run in a forked child; returns its wait status."""
+def start(recipe: Recipe, folder: Path, death: tuple[str, float] | None = None, gate: int | None = None) -> int:
+    """Run in a forked child, which waits for a byte from the pipe `gate`. Returns the child's process id."""
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        return child
     try:
+        if gate is not None:
+            os.read(gate, 1)
         torch.set_num_threads(1)
         if death:
             kind, when = death
@@ -79,11 +83,27 @@ def attempt(recipe: Recipe, folder: Path, death: tuple[str, float] | None) -> in
         os._exit(1)
 
 
+def attempt(recipe: Recipe, folder: Path, death: tuple[str, float] | None) -> int:
+    """Run in a forked child; returns its wait status."""
+    return os.waitpid(start(recipe, folder, death), 0)[1]
+
+
+def race(recipe: Recipe, folder: Path) -> list[int]:
+    """Start two runs at the same moment; returns their exit codes in order."""
+    gate, opener = os.pipe()
+    children = [start(recipe, folder, gate=gate) for _ in range(2)]
+    os.write(opener, b"12")
+    os.close(gate)
+    os.close(opener)
+    return sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--races", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", type=json.loads, default={})
     options = parser.parse_args()
@@ -96,6 +116,16 @@ def main() -> int:
         return 1
     duration = time.perf_counter() - started
     expected = digests(options.workdir / "whole")
+
+    for _ in range(options.races):
+        codes = race(recipe, folder)
+        if codes != [0, 2] or digests(folder) != expected:
+            print(f"a race ended with the exit codes {codes}", file=sys.stderr)
+            return 1
+        shutil.rmtree(folder)
+    if options.races:
+        print(json.dumps({"races": options.races}))
+        return 0
 
     kills = runs = 0
     while kills < options.kills or folder.exists():

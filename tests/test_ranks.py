@@ -1,0 +1,78 @@
+"""Several processes, one run: what each must agree on, whichever launcher starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build
+
+FLAGS = ["--calibration=random", "--samples=6", "--seqlen=24", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return build("llama", tmp_path_factory.mktemp("llama"))
+
+
+def start(rank, size, port, *arguments):
+    """One rank of a run, as a launcher would start it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    command = [sys.executable, "-m", "llmprune", "prune", *map(str, arguments), *FLAGS]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model weights", "model config", "calibration tokens"])
+def test_ranks_that_see_different_files_are_told_which_in_one_sentence(model_dir, tmp_path, what):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model_dir.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    own = ["--model", model_dir], ["--model", other]
+    if what == "model weights":
+        weights = load_file(other / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"] += 1
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    elif what == "model config":
+        config = other / "config.json"
+        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    else:
+        own = tuple([*flags, "--seed", str(rank)] for rank, flags in enumerate(own))
+    port = free_port()
+    ranks = [start(rank, 2, port, *flags, "--output", tmp_path / "out") for rank, flags in enumerate(own)]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    message = "".join(errors)
+    assert message.count("error: ") == 1
+    assert f"Rank 1 and rank 0 differ in {'seed' if what == 'calibration tokens' else what}" in message
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_ranks_that_write_the_bytes_of_one(model_dir, tmp_path):
+    command = ["llmprune", "prune", "--model", str(model_dir), *FLAGS, "--output"]
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes=3", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", f"--main_process_port={free_port()}", "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for output, arguments in (("one", command), ("three", launcher + command)):
+        full = [sys.executable, "-m", *arguments, str(tmp_path / output)]
+        done = subprocess.run(full, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        one, three = load_file(tmp_path / "one" / shard), load_file(tmp_path / "three" / shard)
+        assert all(torch.equal(one[name], three[name]) for name in one)
+    assert Path(tmp_path / "three" / "llmprune.json").is_file()
