@@ -15,12 +15,13 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .errors import LLMPruneError
+    from .loading import load
     from .pruning import Result, prune
     from .recipe import Recipe
 
-__all__ = ["LLMPruneError", "Recipe", "Result", "__version__", "prune"]
+__all__ = ["LLMPruneError", "Recipe", "Result", "__version__", "load", "prune"]
 
-_HOMES = {"LLMPruneError": "errors", "Recipe": "recipe", "Result": "pruning", "prune": "pruning"}
+_HOMES = {"LLMPruneError": "errors", "Recipe": "recipe", "Result": "pruning", "load": "loading", "prune": "pruning"}
 
 
 def __getattr__(name: str) -> object:

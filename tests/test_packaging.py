@@ -45,7 +45,7 @@ def source(tmp_path: Path) -> Path:
     """A copy of what a distribution is built from, so that builds leave nothing in the repository."""
     copy = tmp_path / "source"
     skipped = shutil.ignore_patterns("__pycache__")
-    for folder in ("llmprune", "kernels"):
+    for folder in ("llmprune", "kernels", "evals/suites", "evals/tasks"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=skipped)
     for file in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / file).exists():
@@ -92,7 +92,7 @@ def test_wheel_holds_every_module_and_no_top_level_kernels(source: Path, tmp_pat
     assert {name.split("/")[0] for name in names} == {"llmprune", f"llmprune-{__version__}.dist-info"}
 
 
-def test_wheel_built_from_the_sdist_holds_the_kernels(source: Path, tmp_path: Path) -> None:
+def test_wheel_built_from_the_sdist_holds_kernels_suites_and_tasks(source: Path, tmp_path: Path) -> None:
     build = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
     def run(hook: str, folder: Path) -> Path:
@@ -104,7 +104,10 @@ def test_wheel_built_from_the_sdist_holds_the_kernels(source: Path, tmp_path: Pa
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     with zipfile.ZipFile(run("build_wheel", unpacked)) as archive:
-        assert "llmprune/kernels/availability.py" in archive.namelist()
+        names = set(archive.namelist())
+    assert "llmprune/kernels/availability.py" in names
+    for folder in ("suites", "tasks"):
+        assert {f"llmprune/{folder}/{file.name}" for file in (ROOT / "evals" / folder).glob("*.yaml")} <= names
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
