@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from . import pictures
+from .compare import DECISIVE, deviation
+from .errors import LLMPruneError
 from .pictures import Picture, render
-from .record import Record, Task, read
-from .tables import use_of, weights_bytes
+from .record import Evaluation, Record, Task, read
+from .tables import count, size, use_of, weights_bytes
 
 PAGE = "report.html"
+# All that a page may hold: an earlier page's are removed.
+PICTURES = ("perplexity", "tasks", "sparsity", "kept", "blocks", "outliers", "parameters", "time")
 # Sparsities that differ by less are one number: rounding to whole weights, not a decision.
 SAME = 0.005
 # What a run's clock measures; the rest of its time passes before the first block and after the last.
@@ -48,21 +53,30 @@ def write_report(directory: Path, file: Path | None = None) -> Path:
         The page.
 
     Raises:
-        LLMPruneError: the directory is not a finished result.
+        LLMPruneError: the directory is not a finished result, or the page cannot be written.
     """
     html, drawn = page(read(directory), weights_bytes(directory))
     return write_page(html, drawn, file or directory / PAGE)
 
 
 def write_page(html: str, drawn: Sequence[Picture], file: Path) -> Path:
-    """Write a page, and its pictures as PNG beside it."""
+    """Write a page, and its pictures as PNG into the folder of its name.
+
+    Raises:
+        LLMPruneError: the file is not named as a page, or cannot be written.
+    """
+    if file.suffix != ".html":
+        raise LLMPruneError(f"The page {file} has no name that ends in .html: give one.")
     folder = file.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for picture in drawn:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-    file.write_text(html, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(html, encoding="utf-8")
+        for name in PICTURES:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+        for picture in drawn:
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+    except OSError as error:
+        raise LLMPruneError(f"The page {file} could not be written ({error}): give another --output.") from error
     return file
 
 
@@ -85,6 +99,7 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
         perplexities=perplexities(record),
         tasks=evaluation.tasks if evaluation else {},
         protocol=_flat(evaluation.protocol) if evaluation else {},
+        otherwise=_otherwise(evaluation) if evaluation else {},
         roles=role_table(record),
         times=clock(record),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
@@ -341,6 +356,12 @@ def _time_picture(record: Record) -> Picture:
     return render("time", f"Where the time went. {said}.", pictures.timings(times))
 
 
+def _otherwise(evaluation: Evaluation) -> dict[str, str]:
+    """What was different in the protocol of a task, by task, where an earlier evaluation measured it."""
+    last = {key: evaluation.protocol.get(key) for key in DECISIVE}
+    return {name: deviation({**last, **task.protocol}, last) for name, task in evaluation.tasks.items()}
+
+
 def _flat(values: Mapping[str, object]) -> dict[str, str]:
     """A protocol's values as text, without those that were not set."""
     return {
@@ -350,25 +371,9 @@ def _flat(values: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def count(number: int) -> str:
-    """A number of parameters as people say it."""
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return str(number)
-
-
-def size(number: int) -> str:
-    """Bytes as people say them."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if number >= unit:
-            return f"{number / unit:.2f} {name}"
-    return f"{number / 1000:.1f} kB"
-
-
 def breakable(name: str) -> Markup:
-    """A name that may be broken after its underscores."""
-    return Markup("_<wbr>").join(name.split("_"))
+    """A name or path that may be broken after its underscores and slashes."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(name))))
 
 
 def signed(value: float) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from .plan import Plan
-from .pruning import Prepared, Result
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .pruning import Prepared, Result
 
 
 def show(result: Result) -> None:
@@ -70,3 +71,19 @@ def show_plan(ready: Prepared, plan: Plan) -> None:
     short = "" if plan.disk_bytes < plan.free_disk_bytes else ": TOO LITTLE, give an --output on another disk"
     table.add_row("bytes on disk", f"{plan.disk_bytes / 1e9:.3f} GB, {plan.free_disk_bytes / 1e9:.1f} GB free{short}")
     console.print(table)
+
+
+def count(number: int) -> str:
+    """A number of parameters as people say it."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return str(number)
+
+
+def size(number: int) -> str:
+    """Bytes as people say them."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number / 1000:.1f} kB"
