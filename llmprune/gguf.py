@@ -13,11 +13,14 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+import yaml
 
 from .errors import LLMPruneError
 
@@ -33,6 +36,15 @@ CONVERSION = 1
 # transformers ignores them and keeps GPT-2's pattern alone, which leaves numbers whole.
 SINGLE_DIGIT_PRE_TOKENIZERS = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
 
+# Keys of a model card's metadata and where a GGUF file has them.
+CARD_METADATA = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+}
+# Where the model lies that the file was made from; failing that, its parent.
+ORIGINS = ("general.source.repo_url", "general.source.url", "general.base_model.0.repo_url", "general.base_model.0.url")
+
 SPECIAL_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -47,7 +59,8 @@ class _Header:
 
     architecture: str
     name: str
-    license: str | None
+    # What the model's card says on the Hub, as far as the file repeats it: licence and where the model comes from.
+    metadata: dict[str, str]
     pre_tokenizer: str | None
     special_tokens: dict[str, int]
     quantizations: tuple[str, ...]
@@ -141,12 +154,20 @@ def _read_header(gguf_file: Path) -> _Header:
     return _Header(
         architecture=architecture,
         name=text("general.name") or gguf_file.stem,
-        license=text("general.license"),
+        metadata=_metadata(text),
         pre_tokenizer=text("tokenizer.ggml.pre"),
         special_tokens={token: int(index) for token, key in SPECIAL_TOKENS.items() if (index := text(key)) is not None},
         quantizations=tuple(sorted({tensor.tensor_type.name for tensor in reader.tensors})),
         has_rope_factors=any(tensor.name.startswith("rope_") for tensor in reader.tensors),
     )
+
+
+def _metadata(text: Callable[[str], str | None]) -> dict[str, str]:
+    metadata = {key: value for key, name in CARD_METADATA.items() if (value := text(name)) is not None}
+    for name in ORIGINS:
+        if on_hub := re.fullmatch(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?", text(name) or ""):
+            return metadata | {"base_model": on_hub[1]}
+    return metadata
 
 
 def _load_model(gguf_file: Path, header: _Header) -> PreTrainedModel:
@@ -218,9 +239,9 @@ def _load_tokenizer(gguf_file: Path, header: _Header) -> PreTrainedTokenizerBase
 
 
 def _card(gguf_file: Path, header: _Header, digest: str) -> str:
-    license_line = f"license: {header.license}\n" if header.license else ""
+    metadata = yaml.safe_dump({"library_name": "transformers", **header.metadata}, sort_keys=False, allow_unicode=True)
     return (
-        f"---\nlibrary_name: transformers\n{license_line}---\n\n# {header.name}\n\n"
+        f"---\n{metadata}---\n\n# {header.name}\n\n"
         f"Dequantised to float32 by llmprune from `{gguf_file.name}` ({', '.join(header.quantizations)}; SHA-256 {digest}).\n"
     )
 

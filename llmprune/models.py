@@ -162,7 +162,7 @@ def resolve(model: str, *, revision: str | None = None, say: Callable[[str], Non
 def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md", "*.py"]
     try:
         found = Path(
             # Some repositories hold the weights a second time, in their authors' own layout.

@@ -202,7 +202,7 @@ class Output:
     def _prepare(self, overwrite: bool) -> None:
         directory = self.directory
         check_directory(directory, self.checkpoint.directory, overwrite=overwrite)
-        with self._writing("the run's state"):
+        with self.writing("the run's state"):
             while self._lock is None:
                 # The run before may be removing its state, and this very lock file, at the same moment.
                 with suppress(FileNotFoundError):
@@ -213,7 +213,7 @@ class Output:
             check_identity(self.read_record(), self.identity, directory)
             self.complete = True
             return
-        with self._writing("the journal"):
+        with self.writing("the journal"):
             self.journal = Journal(directory / JOURNAL, self.identity, self.settled)
         self._check_finished_files()
         while f"block {self.finished_blocks}" in self.journal.steps:
@@ -293,22 +293,22 @@ class Output:
         files = {}
         for file, names in self._shards[0]:
             tensors = {name: self.checkpoint.read(name) for name in names}
-            with self._writing(file):
+            with self.writing(file):
                 files[file] = write_shard(self.directory / file, tensors)
-        with self._writing("the journal"):
+        with self.writing("the journal"):
             self.journal.record("outer", files, {})
 
     def write_block(self, index: int, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         """Write a finished block's shards, then say so in the journal."""
         files = {}
         for file, names in self._shards[index + 1]:
-            with self._writing(file):
+            with self.writing(file):
                 files[file] = write_shard(self.directory / file, {name: tensors[name].contiguous() for name in names})
-        with self._writing("the journal"):
+        with self.writing("the journal"):
             self.journal.record(f"block {index}", files, facts)
 
     @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str) -> Iterator[None]:
         """A disk that is full or fails is the user's to mend, and costs no finished block."""
         try:
             yield
@@ -332,7 +332,7 @@ class Output:
         return read_record(self.directory)
 
     def write_record(self, record: Facts) -> None:
-        with self._writing(RECORD):
+        with self.writing(RECORD):
             write_file(self.directory / RECORD, sealed(record, indent=2))
 
     def block_facts(self) -> list[dict[str, object]]:
@@ -347,7 +347,7 @@ class Output:
         total = sum(self.checkpoint.entries[name].nbytes for name in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         copied = {}
-        with self._writing("the model's configuration"):
+        with self.writing("the model's configuration"):
             for pattern in patterns:
                 for file in sorted(source.glob(pattern)):
                     if file.is_file():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import psutil
 import torch
 
-from . import __version__, calibration, methods, sampling, settings
+from . import __version__, calibration, card, methods, sampling, settings
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
@@ -160,6 +160,8 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
         if evaluation and not _measured(record := output.read_record(), evaluation):
             record["perplexity"] = _evaluate(ready, Checkpoint.open(output.directory), evaluation, quiet)
             output.write_record(record)
+        if ranks.is_main:
+            card.write(output.directory)
         ranks.from_main(0)
         return Result(output.directory, output.read_record())
     finally:
@@ -237,7 +239,11 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
     zeros = sum(int(str(fact["zeros"])) for fact in linears.values())
     return {
         "complete": True,
-        "model": {"given": recipe.model, "name": ready.source.name, "base_model": ready.source.base_model},
+        "model": {
+            "given": recipe.model,
+            "name": ready.source.name,
+            **card.inherited(ready.source.directory, ready.source.base_model),
+        },
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "reasons": ready.reasons,
         "warnings": ready.warnings,

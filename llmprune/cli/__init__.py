@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import LLMPruneError
-from . import env, methods, models, plan, prune, verify
+from . import compare, env, eval, methods, models, plan, prune, push, report, sweep, verify
 
 app = typer.Typer(
     name="llmprune",
@@ -41,6 +41,11 @@ def _root(
 app.command("prune", help="Prune a model and write it to a directory that transformers loads.")(prune.command)
 app.command("plan", help="Predict what `prune` with the same options will cost, before anything heavy is loaded.")(plan.command)
 app.command("verify", help="Check a pruned directory against its record.")(verify.command)
+app.command("eval", help="Score a model on the harness's tasks, beside its dense parent.")(eval.command)
+app.command("report", help="Write one HTML page, with pictures, about a pruned model.")(report.command)
+app.command("push", help="Share a pruned model on the Hugging Face Hub.")(push.command)
+app.command("compare", help="Show pruned models and their dense parents in one table.")(compare.command)
+app.command("sweep", help="Prune over methods, sparsities and patterns, and draw the frontier.")(sweep.command)
 app.command("models", help="List the aliases and the supported architectures.")(models.command)
 app.command("methods", help="List the pruning methods.")(methods.command)
 app.command("env", help="Show versions and devices, for bug reports.")(env.command)

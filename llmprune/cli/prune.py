@@ -19,6 +19,14 @@ from .options import takes_recipe
 def command(
     *,
     recipe: Recipe,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="USER/NAME", help="Share the result in this repository on the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")] = False,
+    push_revision: Annotated[
+        str | None, typer.Option("--push-revision", metavar="BRANCH", help="Push to this branch, created if missing.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Push as a pull request.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's record as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -26,6 +34,10 @@ def command(
     silent = quiet or as_json
     # The other ranks, perhaps waiting inside a collective, just end.
     signal.signal(signal.SIGTERM, _interrupt if main else signal.SIG_DFL)
+    if push_to_hub and main:
+        from ..hub import check
+
+        check(push_to_hub)  # before hours of work
     try:
         from ..pruning import run
 
@@ -46,6 +58,11 @@ def command(
         from ..tables import show
 
         show(result)
+    if push_to_hub:
+        from ..hub import push
+
+        url = push(result.directory, push_to_hub, private=private, revision=push_revision, create_pr=create_pr, quiet=silent)
+        print(url, file=sys.stderr if as_json else sys.stdout)
 
 
 def _interrupt(number: int, frame: object) -> None:

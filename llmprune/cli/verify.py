@@ -16,7 +16,7 @@ def command(
     from ..verify import read_record, verify
 
     record = read_record(directory)
-    with bar("verify", sum(len(record[key]) for key in ("shards", "copied", "linears")) + 1, quiet=quiet) as advance:
+    with bar("verify", sum(len(record[key]) for key in ("shards", "copied", "linears")) + 2, quiet=quiet) as advance:
         problems = verify(directory, advance_progress=advance)
     for problem in problems:
         print(problem)

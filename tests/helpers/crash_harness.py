@@ -27,14 +27,14 @@ from llmprune.errors import LLMPruneError
 from llmprune.pruning import run
 from llmprune.recipe import Recipe
 
-TIMED = ("llmprune.json",)  # holds timings
+OWN = ("llmprune.json", "README.md")  # one holds timings, the other the directory's name
 
 
 def digests(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in TIMED
+        if path.is_file() and path.name not in OWN
     }
 
 
