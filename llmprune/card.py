@@ -30,7 +30,7 @@ from .errors import LLMPruneError
 from .output import RECIPE
 from .recipe import parse_nm
 from .record import Estimate, Record, Task, read
-from .tables import use_of
+from .tables import count, size, use_of, weights_bytes
 from .verify import read_record
 
 CARD = "README.md"
@@ -72,7 +72,7 @@ def write(directory: Path, name: str | None = None) -> None:
     terms = {key: value for key, value in read_record(directory)["model"].items() if key in INHERITED}
     try:
         readme = directory / CARD
-        if not readme.exists() or MARKER.encode() in readme.read_bytes():
+        if is_ours(readme):
             write_text(readme, render(directory, record, terms, name or directory.resolve().name))
         _write_results(directory / RESULTS, dict(_result_files(record)))
     except OSError as error:
@@ -80,6 +80,11 @@ def write(directory: Path, name: str | None = None) -> None:
             f"The model card in {directory} could not be written ({error}): the model itself is finished; make room or mend "
             "the rights, then give the same command again."
         ) from error
+
+
+def is_ours(readme: Path) -> bool:
+    """Whether a card may be written there."""
+    return not readme.exists() or MARKER.encode() in readme.read_bytes()
 
 
 def _write_results(folder: Path, files: dict[str, str]) -> None:
@@ -139,7 +144,7 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
         method=methods.summary(record.method),
         license=terms.get("license_name") or terms.get("license"),
         license_files=sorted(file.name for file in directory.glob("LICENSE*")),
-        size=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        disk_bytes=weights_bytes(directory),
         scores=list(_scores(record)),
         protocol={key: value for key, value in protocol.items() if isinstance(value, str | int | float)},
         recipe=(directory / RECIPE).read_text(encoding="utf-8").strip(),
@@ -157,7 +162,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": escape, "fenced": fenced}
+    environment.filters |= {"md": escape, "fenced": fenced, "count": count, "size": size}
     return environment.get_template("card.md.j2")
 
 
@@ -258,7 +263,7 @@ def _result_files(record: Record) -> Iterator[tuple[str, str]]:
         if name not in TASK_DATA:
             continue
         assert record.evaluation
-        harness = record.evaluation.protocol.get("lm_eval")
+        harness = (task.protocol or record.evaluation.protocol).get("lm_eval")
         notes = f"lm-eval {harness}, {_setup(task)}" if harness else _setup(task)
         if task.stderr is not None:
             notes += f", standard error {task.stderr:.4f}"

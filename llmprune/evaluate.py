@@ -2,24 +2,88 @@
 
 The papers' protocol: the text's rows joined by a blank line, tokenised once, cut into disjoint windows of `seqlen` tokens;
 the mean over windows of the mean negative log-likelihood of the seqlen - 1 predicted tokens, exponentiated.
+What was measured before comes from the cache, so that a dense model is measured once for all that is pruned from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .calibration import TokenSet
+from .checkpoint import Checkpoint
 from .errors import LLMPruneError
 from .models import Skeleton
+from .output import COPIED, RECORD, read_record
+from .progress import bar
+from .scores import Scores, keep, kept
 from .stream import Stream
 
 # Positions whose logits exist at one time: 512 x a vocabulary of 128k in float32 are 256 MB.
 POSITIONS = 512
+
+
+def measure(skeleton: Skeleton, text: TokenSet, *, label: str, quiet: bool) -> float:
+    """A model's token perplexity, from the cache if it was measured before."""
+    model = identity(skeleton.checkpoint)
+    key = {"model": model, "task": "perplexity", "tokens": text.sha256, **numerics(skeleton.dtype, skeleton.device)}
+    if scores := kept(key):
+        return scores.metrics["perplexity"]  # type: ignore[return-value]
+    with bar(f"{label}, perplexity", len(skeleton.blocks) + len(text.ids_NT), quiet=quiet) as advance:
+        value = perplexity(skeleton, text.ids_NT, advance_progress=advance)
+    check_unchanged(skeleton.checkpoint, model)
+    keep(key, Scores(len(text.ids_NT), 0, None, {"perplexity": value}, {"perplexity": False}, {}, text.sha256))
+    return value
+
+
+def described(text: TokenSet) -> dict[str, object]:
+    """How a perplexity was measured, for a record."""
+    windows, seqlen = text.ids_NT.shape
+    return {
+        "text": text.source,
+        "protocol": f"token perplexity, {windows} disjoint windows of {seqlen} tokens",
+        "tokens_sha256": text.sha256,
+    }
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A hash that changes with a model's weights, configuration or tokenizer."""
+    directory = checkpoint.directory
+    digest = hashlib.sha256(checkpoint.fingerprint().encode())
+    if (directory / RECORD).is_file():
+        # The fingerprint samples the weights; the record has the hash of every byte.
+        digest.update(json.dumps(read_record(directory)["shards"]).encode())
+    for pattern in (*COPIED, "*.py"):
+        for file in sorted(directory.glob(pattern)):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def check_unchanged(checkpoint: Checkpoint, before: str) -> None:
+    """Raise `LLMPruneError` if a model is not the one that `identity` gave `before`."""
+    directory = checkpoint.directory
+    if not (directory / "config.json").is_file() or identity(Checkpoint.open(directory)) != before:
+        raise LLMPruneError(
+            f"{directory} changed while it was being evaluated, so this score belongs to no model: wait until nothing writes "
+            "there, then give the same command again."
+        )
+
+
+def numerics(dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    """What decides how a forward rounds."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        **{package: version(package) for package in ("transformers", "torch")},
+    }
 
 
 def perplexity(

@@ -8,7 +8,6 @@ on where it was, and a dense model is evaluated once for all that is pruned from
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,23 +15,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from . import __version__, calibration
+from . import __version__, calibration, card
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, write_file, write_text
 from .errors import LLMPruneError
-from .evaluate import perplexity
+from .evaluate import check_unchanged, described, identity, measure, numerics
 from .harness import DATA, PERPLEXITY, LoadedTask, Seeds, Suite, load_suite, load_tasks, score
 from .loading import check_model, load
 from .models import Skeleton, load_tokenizer, resolve
-from .output import COPIED, RECORD, sealed
-from .progress import bar
+from .output import RECORD, held, sealed
 from .pruning import CPU_WINDOWS, Say
-from .recipe import Dtype, _sentence, from_options
+from .recipe import Dtype, from_options, sentence
 from .scores import Scores, difference, keep, kept
 from .settings import CPU_SEQLEN, PAPER_SEQLEN, choose_device
 from .verify import read_record
@@ -75,7 +73,7 @@ def request(**options: object) -> Request:
     try:
         return Request.model_validate({key: value for key, value in options.items() if value is not None})
     except ValidationError as error:
-        raise LLMPruneError(_sentence(error, None)) from error
+        raise LLMPruneError(sentence(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,7 @@ class Side:
     """A model being evaluated. `identity` changes with its weights, configuration or tokenizer."""
 
     name: str
-    directory: Path
+    checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     stored: torch.dtype
     identity: str
@@ -124,6 +122,7 @@ def evaluate(request: Request, *, say: Say, quiet: bool) -> dict[str, dict[str, 
     baseline = _open(request.baseline, None, request, say) if request.baseline else None
     if baseline:
         _check_same_tokens(side, baseline)
+        _warn_of_other_parent(side, baseline, request, say)
     tasks = load_tasks([name for name in names if name != PERPLEXITY])
     for warning in _warnings(tasks, request):
         say(f"warning: {warning}.")
@@ -147,12 +146,9 @@ def evaluate(request: Request, *, say: Say, quiet: bool) -> dict[str, dict[str, 
     }
     evaluation = {"tasks": entries, "protocol": asdict(protocol)}
     if text:
-        windows, seqlen = text.ids_NT.shape
         evaluation["perplexity"] = {
-            "text": text.source,
-            "protocol": f"token perplexity, {windows} disjoint windows of {seqlen} tokens",
-            "windows": windows,
-            "tokens_sha256": text.sha256,
+            **described(text),
+            "windows": len(text.ids_NT),
             "token": run.perplexity(side, text),
             "dense": run.perplexity(baseline, text) if baseline else None,
         }
@@ -191,18 +187,7 @@ def _open(model: str, revision: str | None, request: Request, say: Say) -> Side:
             f"{source.directory} has no tokenizer, which tasks of text need: copy the files of its tokenizer there."
         )
     stored = next(entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point)
-    return Side(source.name, source.directory, tokenizer, stored, _identity(source.directory, checkpoint))
-
-
-def _identity(directory: Path, checkpoint: Checkpoint) -> str:
-    digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    if (directory / RECORD).is_file():
-        # The fingerprint samples the weights; the record has the hash of every byte.
-        digest.update(json.dumps(read_record(directory)["shards"]).encode())
-    for pattern in (*COPIED, "*.py"):
-        for file in sorted(directory.glob(pattern)):
-            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    return Side(source.name, checkpoint, tokenizer, stored, identity(checkpoint))
 
 
 def _check_same_tokens(side: Side, baseline: Side) -> None:
@@ -212,6 +197,15 @@ def _check_same_tokens(side: Side, baseline: Side) -> None:
             f"--baseline {baseline.name} cuts text into other tokens than {side.name} ({len(other)} and {len(one)} in their "
             "vocabularies): give the dense model that it was pruned from."
         )
+
+
+def _warn_of_other_parent(side: Side, baseline: Side, request: Request, say: Say) -> None:
+    """The record will call the baseline dense."""
+    directory = side.checkpoint.directory
+    if (directory / RECORD).is_file():
+        parent = read_record(directory)["identity"]["model weights"]
+        if not baseline.checkpoint.fingerprint().startswith(parent):
+            say(f"warning: --baseline {request.baseline} is not the model that {side.name} was pruned from.")
 
 
 def _warnings(tasks: Sequence[LoadedTask], request: Request) -> list[str]:
@@ -259,7 +253,7 @@ class _Run:
             if task.name in found:
                 continue
             model = model or load(
-                side.directory,
+                side.checkpoint.directory,
                 device=self.protocol.device,
                 dtype=self.protocol.dtype,
                 trust_remote_code=self.request.trust_remote_code,
@@ -276,6 +270,7 @@ class _Run:
                 quiet=self.quiet,
             )
             _check_finite(side, task, scores)
+            check_unchanged(side.checkpoint, side.identity)
             keep(keys[task.name], scores)
             found[task.name] = scores
             metric = scores.main_metric()
@@ -296,20 +291,12 @@ class _Run:
         )
 
     def perplexity(self, side: Side, text: TokenSet) -> float:
-        """Token perplexity by the papers' protocol, streamed block by block, so that the model need not fit in memory."""
-        key = {"model": side.identity, "task": PERPLEXITY, "tokens": text.sha256, **self._numerics()}
-        if scores := kept(key):
-            self.say(f"{side.name}: {PERPLEXITY} read from the cache, evaluated before.")
-            return cast(float, scores.metrics[PERPLEXITY])
-        skeleton = self._skeleton(side)
-        with bar(f"{side.name}, {PERPLEXITY}", len(skeleton.blocks) + len(text.ids_NT), quiet=self.quiet) as advance:
-            value = perplexity(skeleton, text.ids_NT, advance_progress=advance)
-        keep(key, Scores(len(text.ids_NT), 0, None, {PERPLEXITY: value}, {PERPLEXITY: False}, {}, text.sha256))
-        return value
+        """Streamed block by block, so that the model need not fit in memory."""
+        return measure(self._skeleton(side), text, label=side.name, quiet=self.quiet)
 
     def _skeleton(self, side: Side) -> Skeleton:
         return Skeleton(
-            side.directory,
+            side.checkpoint.directory,
             dtype=getattr(torch, self.protocol.dtype),
             device=self.protocol.device,
             trust_remote_code=self.request.trust_remote_code,
@@ -327,14 +314,8 @@ class _Run:
             "batch_size": self.settled(task).batch_size,
             "seeds": asdict(self.protocol.seeds),
             "lm_eval": self.protocol.lm_eval,
-            **self._numerics(),
+            **numerics(getattr(torch, self.protocol.dtype), torch.device(self.protocol.device)),
         }
-
-    def _numerics(self) -> dict[str, object]:
-        """What decides how a forward rounds."""
-        protocol = self.protocol
-        kind = torch.device(protocol.device).type
-        return {"dtype": protocol.dtype, "device": kind, "transformers": protocol.transformers, "torch": protocol.torch}
 
 
 def _check_finite(side: Side, task: LoadedTask, scores: Scores) -> None:
@@ -377,16 +358,21 @@ def _difference(metric: str, scores: Scores, dense: Scores | None, seeds: Seeds)
 
 
 def _write(evaluation: dict[str, dict[str, object]], request: Request, side: Side) -> None:
-    """Write the scores to --output, and into the record if the model is a directory that llmprune wrote."""
+    """Write the scores to --output, and into the record and the card if the model is a directory that llmprune wrote."""
     try:
         if request.output:
             write_text(request.output, json.dumps({"model": request.model, "evaluation": evaluation}, indent=2) + "\n")
+        directory = side.checkpoint.directory
         # Not into a copy in some cache.
-        if Path(request.model).expanduser().is_dir() and (side.directory / RECORD).is_file():
-            record = read_record(side.directory)
-            earlier = record.get("evaluation", {})
-            record["evaluation"] = {**earlier, **evaluation, "tasks": {**earlier.get("tasks", {}), **evaluation["tasks"]}}
-            write_file(side.directory / RECORD, sealed(record, indent=2))
+        if Path(request.model).expanduser().is_dir() and (directory / RECORD).is_file():
+            with held(directory):
+                check_unchanged(side.checkpoint, side.identity)
+                record = read_record(directory)
+                earlier = record.get("evaluation", {})
+                tasks = {**earlier.get("tasks", {}), **evaluation["tasks"]}
+                record["evaluation"] = {**earlier, **evaluation, "tasks": tasks}
+                write_file(directory / RECORD, sealed(record, indent=2))
+                card.write(directory)
     except OSError as error:
         raise LLMPruneError(
             f"The scores could not be written ({error}): make room or mend the rights, then give the same command again; "

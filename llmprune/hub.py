@@ -2,19 +2,26 @@
 
     llmprune push DIR user/name --private
 
-What is sent is what the run's record names, and the card, scores and report beside it; nothing else that lies in the
-directory. Everything arrives in one commit, after the large files are there: a reader of the repository sees the whole model or
-none of it, and an upload that breaks off is continued by the same command, since the Hub says which large files it has.
+What is sent is what the run's record names, and the scores beside it; nothing else that lies in the directory. The card and the
+report are written for it. Of paths on this machine that the recipe and the record hold, such as a calibration file's, the last
+name is sent alone. The directory itself stays as it is. Everything arrives in one commit, after the large files are there: a
+reader of the repository sees the whole model or none of it, and an upload that breaks off is continued by the same command,
+since the Hub says which large files it has.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import (
@@ -26,13 +33,14 @@ from huggingface_hub.utils import (
 )
 
 from . import __version__, card
-from .checkpoint import INDEX
+from .checkpoint import INDEX, write_file, write_text
 from .errors import LLMPruneError
-from .output import RECIPE, RECORD
+from .output import RECIPE, RECORD, REPORT, sealed
 from .progress import bar
+from .record import read
+from .tables import weights_bytes
 from .verify import read_record, verify
 
-REPORT = "report.html"
 # httpx's or httpx2's, whichever the client runs on: a connection that fails raises this, an answer of the Hub its subclass.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 # Files of an earlier model in the repository that would be read beside or instead of this one's.
@@ -98,39 +106,64 @@ def push(
             f"{directory} is not what was pruned ({problems[0].rstrip('.')}{more}): see `llmprune verify`, and prune again "
             "before you share it."
         )
-    card.write(directory, repo_id)
-    files = _files(directory, record)
     api = HfApi()
-    with _in_one_sentence(repo_id), _calm_client(quiet=quiet):
-        # None, not False: an organisation may make its repositories private by default.
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise LLMPruneError(
-                f"{repo_id} is there already and public, against --private: make it private in its settings, or give another "
-                "name."
+    with TemporaryDirectory(prefix="llmprune-") as place:
+        folder = Path(place)
+        _stage(directory, folder, record, repo_id)
+        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
+        with _in_one_sentence(repo_id), _calm_client(quiet=quiet):
+            # None, not False: an organisation may make its repositories private by default.
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if private and not api.model_info(repo_id).private:
+                raise LLMPruneError(
+                    f"{repo_id} is there already and public, against --private: make it private in its settings, or give "
+                    "another name."
+                )
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            there = api.list_repo_files(repo_id, revision=revision)
+            stale = [name for name in there if name not in files and _is_superseded(name)]
+            commit = api.create_commit(
+                repo_id,
+                operations=[
+                    *(CommitOperationAdd(name, folder / name) for name in files),
+                    *(CommitOperationDelete(name) for name in stale),
+                ],
+                commit_message=f"Upload a model pruned by llmprune {__version__}",
+                revision=revision,
+                create_pr=create_pr,
             )
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision)
-        stale = [name for name in there if name not in files and _is_superseded(name)]
-        commit = api.create_commit(
-            repo_id,
-            operations=[
-                *(CommitOperationAdd(name, directory / name) for name in files),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=f"Upload a model pruned by llmprune {__version__}",
-            revision=revision,
-            create_pr=create_pr,
-        )
     return commit.pr_url or f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
-def _files(directory: Path, record: dict[str, dict[str, str]]) -> list[str]:
-    """What is uploaded, relative to the directory."""
-    named = [*record["shards"], *record["copied"], INDEX, RECIPE, RECORD]
-    beside = [directory / card.CARD, directory / REPORT, *(directory / card.RESULTS).glob("*.yaml")]
-    return sorted([*named, *(str(file.relative_to(directory)) for file in beside if file.is_file())])
+def _stage(directory: Path, folder: Path, record: dict[str, dict[str, str]], repo_id: str) -> None:
+    """Lay out in an empty folder what is uploaded, large files as links."""
+    scores = directory / card.RESULTS
+    others = [file for file in scores.glob("*.yaml") if not fnmatch(file.name, "llmprune-*")]
+    readme = [directory / card.CARD] if not card.is_ours(directory / card.CARD) else []
+    for file in [*(directory / name for name in (*record["shards"], *record["copied"], INDEX)), *readme, *others]:
+        link = folder / file.relative_to(directory)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(file.resolve())
+    recipe = yaml.safe_load((directory / RECIPE).read_text(encoding="utf-8"))
+    record, recipe = json.loads(_without_places(json.dumps([record, recipe])))
+    digest = write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    write_file(folder / RECORD, sealed({**record, "recipe_sha256": digest}, indent=2))
+    card.write(folder, repo_id)
+    if find_spec("matplotlib"):
+        from .report import page
+
+        html, _ = page(read(folder), weights_bytes(folder))
+        write_text(folder / REPORT, html)
+
+
+def _without_places(text: str) -> str:
+    """JSON in which every path of this machine is cut down to its last name, also inside of sentences."""
+    places = re.findall(r'"((?:~|\.{1,2})?/[^"]*[^"/])/?"', text)
+    for place in sorted(set(places), key=len, reverse=True):
+        # Not the end of another path, or of a name on the Hub such as org/data.
+        text = re.sub(rf"(?<![\w./~-]){re.escape(place)}(?!\w)", lambda found: found[0].rsplit("/", 1)[-1], text)
+    return text
 
 
 def _is_superseded(name: str) -> bool:

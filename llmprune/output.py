@@ -36,6 +36,9 @@ LOCK = f"{STATE}/lock"
 CLEARING = f"{STATE}/clearing"
 SHARD_BYTES = 5 * 10**9
 OUTER_BYTES = 5 * 10**8
+REPORT = "report.html"
+# What other commands write about a model; the model card is written again with every run.
+ABOUT = (REPORT, "report/*.png", ".eval_results/llmprune-*.yaml")
 # What makes a checkpoint usable besides its weights. Code is copied only with a model that needs it.
 COPIED = (
     "config.json",
@@ -203,10 +206,7 @@ class Output:
         directory = self.directory
         check_directory(directory, self.checkpoint.directory, overwrite=overwrite)
         with self.writing("the run's state"):
-            while self._lock is None:
-                # The run before may be removing its state, and this very lock file, at the same moment.
-                with suppress(FileNotFoundError):
-                    self._take_lock()
+            self._lock = _lock(directory)
             if overwrite or (directory / CLEARING).exists():
                 self._clear()
         if (directory / RECORD).exists():
@@ -219,31 +219,6 @@ class Output:
         while f"block {self.finished_blocks}" in self.journal.steps:
             self.finished_blocks += 1
 
-    def _take_lock(self) -> None:
-        """Lock the directory. Raises `FileNotFoundError` if the lock file has gone before it was ours."""
-        file = self.directory / LOCK
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "a+")  # noqa: SIM115 - held for the whole run
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A lock on a file that another run has removed keeps nobody out.
-            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
-                raise FileNotFoundError(file)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise LLMPruneError(
-                f"{self.directory} is in use by another llmprune run (process {holder}): wait for it, or give another --output."
-            ) from error
-        else:
-            self._lock = lock
-        finally:
-            if self._lock is None:
-                lock.close()
-
     def _clear(self) -> None:
         """Remove an earlier model: its weights and index, and whatever else an earlier run put here. Other files stay.
 
@@ -254,10 +229,13 @@ class Output:
             os.replace(record, marker)
         else:
             marker.touch()
-        copied = (RECIPE, *COPIED) if marker.stat().st_size else ()
-        for pattern in (JOURNAL, INDEX, "model*.safetensors", "pytorch_model*.bin*", ".*.tmp", *copied):
+        ours = (RECIPE, *COPIED, *ABOUT) if marker.stat().st_size else ()
+        for pattern in (JOURNAL, INDEX, "model*.safetensors", "pytorch_model*.bin*", ".*.tmp", *ours):
             for file in self.directory.glob(pattern):
                 file.unlink()
+                if file.parent not in (self.directory, self.directory / STATE):
+                    with suppress(OSError):  # unless something else is in it
+                        file.parent.rmdir()
         marker.unlink()
 
     def _check_finished_files(self) -> None:
@@ -384,13 +362,67 @@ class Output:
         self._lock = None
 
     def _remove_state(self) -> None:
-        lock = self.directory / LOCK
-        # The lock goes last: from then on another run may begin here.
-        for file in sorted(lock.parent.iterdir(), key=lock.__eq__):
-            file.unlink()
-        lock.parent.rmdir()
+        _remove_state(self.directory)
         if self._created:
             self.directory.rmdir()  # unless something is in it
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a finished directory.
+
+    Raises:
+        LLMPruneError: a run is in it.
+    """
+    lock = _lock(directory)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            _remove_state(directory)
+        lock.close()
+
+
+def _lock(directory: Path) -> TextIO:
+    """Lock a directory. Raises `LLMPruneError` if another run holds it."""
+    while True:
+        # The run before may be removing its state, and this very lock file, at the same moment.
+        with suppress(FileNotFoundError):
+            return _try_lock(directory)
+
+
+def _try_lock(directory: Path) -> TextIO:
+    """Raises `FileNotFoundError` if the lock file has gone before it was ours."""
+    file = directory / LOCK
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(file, "a+")  # noqa: SIM115 - held for the whole run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A lock on a file that another run has removed keeps nobody out.
+        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
+            raise FileNotFoundError(file)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise LLMPruneError(
+            f"{directory} is in use by another llmprune run (process {holder}): wait for it, or give another --output."
+        ) from error
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _remove_state(directory: Path) -> None:
+    lock = directory / LOCK
+    # The lock goes last: from then on another run may begin here.
+    for file in sorted(lock.parent.iterdir(), key=lock.__eq__):
+        file.unlink()
+    lock.parent.rmdir()
 
 
 def read_record(directory: Path) -> dict[str, object]:

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,7 +20,7 @@ from . import __version__, calibration, card, methods, sampling, settings
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
-from .evaluate import perplexity
+from .evaluate import described, measure
 from .methods import Method
 from .models import Skeleton, Source, load_tokenizer, resolve
 from .output import Facts, Output, check_directory, check_space, settled_recipe
@@ -126,11 +127,14 @@ def _check_pattern(recipe: Recipe, skeleton: Skeleton) -> None:
 def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     """Carry out a recipe. `say` gets a line at a time for people; `quiet` hides progress bars."""
     started = time.time()
+    _reset_peak_rss()
     ranks = launch()
     if not ranks.is_main:
         say, quiet = _silence, True
     ready = ranks.main_first(lambda: prepare(recipe, say))
     recipe, skeleton = ready.recipe, ready.skeleton
+    if skeleton.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(skeleton.device)
     for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch"):
         if key in ready.reasons:
             say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
@@ -334,18 +338,11 @@ def _measured(record: dict[str, object], text: TokenSet) -> bool:
 
 def _evaluate(ready: Prepared, pruned: Checkpoint, text: TokenSet, quiet: bool) -> dict[str, object]:
     """Token perplexity of the dense and of the pruned model on the same windows."""
-    values = {}
-    for label, checkpoint in (("dense", ready.skeleton.checkpoint), ("pruned", pruned)):
-        skeleton = ready.skeleton.with_checkpoint(checkpoint)
-        with bar(f"perplexity, {label}", len(skeleton.blocks) + len(text.ids_NT), quiet=quiet) as advance:
-            values[label] = perplexity(skeleton, text.ids_NT, advance_progress=advance)
-    windows, seqlen = text.ids_NT.shape
-    return {
-        **values,
-        "text": text.source,
-        "protocol": f"token perplexity, {windows} disjoint windows of {seqlen} tokens",
-        "tokens_sha256": text.sha256,
+    values = {
+        label: measure(ready.skeleton.with_checkpoint(checkpoint), text, label=label, quiet=quiet)
+        for label, checkpoint in (("dense", ready.skeleton.checkpoint), ("pruned", pruned))
     }
+    return values | described(text)
 
 
 def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
@@ -375,8 +372,14 @@ def versions() -> dict[str, str]:
     }
 
 
+def _reset_peak_rss() -> None:
+    """Let the kernel measure anew: one process may carry out several runs."""
+    with suppress(OSError):  # only Linux can; elsewhere it is the process's peak
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """The largest resident memory of this process since its run began, in bytes."""
     # getrusage's figure survives exec: it would be the parent's, where that was larger.
     status = Path("/proc/self/status")
     if status.exists():

@@ -156,10 +156,10 @@ def from_options(options: dict[str, object], file: Path | None = None) -> Recipe
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        raise LLMPruneError(_sentence(error, file)) from error
+        raise LLMPruneError(sentence(error, file)) from error
 
 
-def _sentence(error: ValidationError, file: Path | None) -> str:
+def sentence(error: ValidationError, file: Path | None = None) -> str:
     """The first thing pydantic found, in one sentence."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")

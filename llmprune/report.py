@@ -21,11 +21,11 @@ from markupsafe import Markup, escape
 from . import pictures
 from .compare import DECISIVE, deviation
 from .errors import LLMPruneError
+from .output import REPORT
 from .pictures import Picture, render
 from .record import Evaluation, Record, Task, read
 from .tables import count, size, use_of, weights_bytes
 
-PAGE = "report.html"
 # All that a page may hold: an earlier page's are removed.
 PICTURES = ("perplexity", "tasks", "sparsity", "kept", "blocks", "outliers", "parameters", "time")
 # Sparsities that differ by less are one number: rounding to whole weights, not a decision.
@@ -56,7 +56,7 @@ def write_report(directory: Path, file: Path | None = None) -> Path:
         LLMPruneError: the directory is not a finished result, or the page cannot be written.
     """
     html, drawn = page(read(directory), weights_bytes(directory))
-    return write_page(html, drawn, file or directory / PAGE)
+    return write_page(html, drawn, file or directory / REPORT)
 
 
 def write_page(html: str, drawn: Sequence[Picture], file: Path) -> Path:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from .checkpoint import write_text
 from .errors import LLMPruneError
 
+CACHE = "~/.cache/llmprune"
 CONFIDENCE, RESAMPLES = 0.95, 10_000
 # Rows drawn at a time: 8 MB of document numbers.
 DRAWS = 1 << 20
@@ -108,7 +109,7 @@ def _statistic(totals_R3: NDArray[np.float64], aggregation: str) -> NDArray[np.f
 
 
 def _file(key: Mapping[str, object]) -> Path:
-    folder = Path(os.environ.get("LLMPRUNE_CACHE") or "~/.cache/llmprune").expanduser() / "scores"
+    folder = Path(os.environ.get("LLMPRUNE_CACHE") or CACHE).expanduser() / "scores"
     return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
 
 

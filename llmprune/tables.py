@@ -21,13 +21,13 @@ def show(result: Result) -> None:
     table = Table("", "dense", "pruned", title=f"{recipe['model']}, {recipe['method']}, {recipe['pattern']}")
     table.add_row(
         "non-zero parameters",
-        f"{parameters['total'] / 1e6:.1f} M",
-        f"{(parameters['total'] - parameters['zero']) / 1e6:.1f} M",
+        count(parameters["total"]),
+        count(parameters["total"] - parameters["zero"]),
     )
     table.add_row("sparsity of the prunable weights", "", f"{cast(float, record['sparsity']):.2%}")
     if text := cast("dict[str, object] | None", record.get("perplexity")):
         table.add_row("token perplexity", f"{text['dense']:.3f}", f"{text['pruned']:.3f}")
-    table.add_row("weights on disk", "", f"{weights_bytes(result.directory) / 1e6:.0f} MB")
+    table.add_row("weights on disk", "", size(weights_bytes(result.directory)))
     table.add_row("time of the run", "", f"{record['seconds']} s")
     table.add_row("peak memory", "", f"{cast(int, record['peak_rss_bytes']) / 1e9:.2f} GB")
     console = Console()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +36,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("torch finds no CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure is measured anew in every session, and kept in no home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmprune.scores.CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

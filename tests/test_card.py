@@ -147,12 +147,18 @@ def test_a_value_that_is_no_number_is_shown_but_not_published_as_a_score(pruned:
     assert rows(found.text)["token perplexity"][1] == "inf"
 
 
+def test_a_score_names_the_harness_that_measured_it_and_not_the_last_one(pruned: Path) -> None:
+    task = {**EVALUATION["tasks"]["arc_easy"], "protocol": {"lm_eval": "0.4.12"}}
+    written(pruned, evaluation={**EVALUATION, "tasks": {"arc_easy": task}})
+    assert "lm-eval 0.4.12," in (pruned / ".eval_results" / "llmprune-arc_easy.yaml").read_text()
+
+
 def test_the_table_shows_dense_and_pruned_side_by_side(pruned: Path) -> None:
     record = read_record(pruned)
     total, zero = record["parameters"]["total"], record["parameters"]["zero"]
     table = rows(written(pruned, evaluation=EVALUATION).text)
     assert table[""] == ["dense", "pruned", "difference"]
-    assert table["non-zero parameters"][:2] == [f"{total / 1e6:.1f} M", f"{(total - zero) / 1e6:.1f} M"]
+    assert table["non-zero parameters"][:2] == [f"{total / 1e3:.1f} k", f"{(total - zero) / 1e3:.1f} k"]
     assert table["arc_easy: acc_norm, 0-shot, 200 documents, task version 1.0"] == [
         "0.5000 ± 0.0200",
         "0.4100 ± 0.0100",

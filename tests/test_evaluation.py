@@ -1,5 +1,6 @@
 """`llmprune eval`: what it writes, what it keeps, and what it refuses."""
 
+import fcntl
 import json
 import shutil
 
@@ -178,6 +179,54 @@ def test_a_model_that_llmprune_did_not_write_stays_as_it_is(data_dir, dense, tmp
     assert {file.name: file.read_bytes() for file in dense.iterdir()} == before
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["evaluation"]["tasks"].keys() == {"copa", "piqa"}
+
+
+def test_the_card_tells_the_scores_that_the_record_got(data_dir, pruned, dense, runs):
+    assert "has not been measured" in (pruned / "README.md").read_text()
+    llmprune("eval", pruned, "--baseline", dense, *TASKS, "-q")
+    assert (
+        "| copa: acc, 0-shot, 4 documents, task version 1.0 | 0.7500 ± 0.1000 | 0.5000 ± 0.1000 |"
+        in (pruned / "README.md").read_text()
+    )
+    assert (pruned / ".eval_results" / "llmprune-copa.yaml").is_file()
+
+
+def test_scores_do_not_get_into_a_directory_that_another_run_holds(data_dir, pruned, runs):
+    before = read_record(pruned)
+    (pruned / STATE).mkdir()
+    with open(pruned / STATE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(pruned, *TASKS, words=["in use by another llmprune run"])
+        assert read_record(pruned) == before
+    assert llmprune("eval", pruned, *TASKS, "-q").code == 0
+    assert len(runs) == 2, "finished tasks are kept"
+    assert not (pruned / STATE).exists()
+
+
+def test_scores_of_a_model_that_was_replaced_meanwhile_are_neither_kept_nor_recorded(
+    data_dir, pruned, dense, runs, cache, monkeypatch
+):
+    working = evaluation.score
+
+    def replaced(*args, **options):
+        again = ("--model", dense, "--method", "random", "--device", "cpu", "--output", pruned, "--overwrite", "-q")
+        assert llmprune("prune", *again).code == 0
+        return working(*args, **options)
+
+    monkeypatch.setattr(evaluation, "score", replaced)
+    refused(pruned, *TASKS, words=["changed while it was being evaluated"])
+    assert "evaluation" not in read_record(pruned)
+    assert not cache.exists()
+
+
+def test_a_baseline_that_is_not_the_parent_is_named(data_dir, pruned, dense, tmp_path, runs):
+    other = shutil.copytree(dense, tmp_path / "other")
+    assert "warning" not in llmprune("eval", pruned, "--baseline", other, *TASKS).out
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    said = llmprune("eval", pruned, "--baseline", other, *TASKS).out
+    assert f"warning: --baseline {other} is not the model that pruned was pruned from" in said
 
 
 def test_quiet_says_nothing_and_a_table_says_it_all(data_dir, pruned, dense, runs):

@@ -21,8 +21,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import llmprune
+from llmprune import report
+from llmprune.verify import verify
 
 NAME = "user/tiny"
+PAGE = report.page
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,6 +67,9 @@ def push(hub: HubServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     # Between attempts, on a Hub that is gone, the client waits half a minute in all.
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    # Drawing takes longer than all the rest.
+    monkeypatch.setattr(report, "page", lambda record, disk_bytes: ("<html></html>", []))
 
     # The client's own handler holds on to the standard error stream that it found at first.
     log = io.StringIO()
@@ -128,10 +134,32 @@ def test_exactly_the_models_files_are_sent(pruned: Path, hub: HubServer, push: P
     sent = hub.repositories[NAME].refs["main"][-1]
     secret = {".env", "notes.txt", ".llmprune/journal.jsonl"}
     here = {str(file.relative_to(pruned)) for file in pruned.rglob("*") if file.is_file()} - secret
-    assert {name: content for name, content in sent.items() if name != ".gitattributes"} == {
-        name: (pruned / name).read_bytes() for name in here
-    }
+    assert sent.keys() - {".gitattributes"} == here
+    for name in here - {"README.md", "report.html", "recipe.yaml", "llmprune.json"}:
+        assert sent[name] == (pruned / name).read_bytes()
     assert {"README.md", "recipe.yaml", "llmprune.json", "report.html", ".eval_results/mine.yaml", "tokenizer.json"} < here
+
+
+def test_no_path_of_this_machine_is_published(
+    hub: HubServer, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "page", PAGE)
+    model = tiny.build("llama", tmp_path / "home" / "dense")
+    (text := tmp_path / "home" / "text.txt").write_text("It was a dark and stormy night; the rain fell.\n" * 40)
+    options = {"calibration": str(text), "samples": 2, "seqlen": 8, "evaluate": str(text), "output": tmp_path / "home" / "out"}
+    directory = llmprune.prune(str(model), device="cpu", **options).directory
+    before = {file: file.read_bytes() for file in directory.iterdir()}
+    assert push(directory, NAME).code == 0
+    sent = hub.repositories[NAME].refs["main"][-1]
+    assert sorted(name for name, content in sent.items() if str(tmp_path).encode() in content) == []
+    assert b"calibration: text.txt" in sent["recipe.yaml"]
+    assert b"text.txt" in sent["README.md"]
+    assert b"<svg" in sent["report.html"]
+    for name, content in sent.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert verify(tmp_path / "copy") == []
+    assert {file: file.read_bytes() for file in directory.iterdir()} == before
 
 
 def test_the_card_in_the_repository_calls_the_model_by_its_id(pruned: Path, hub: HubServer, push: Push) -> None:

@@ -106,6 +106,22 @@ def test_an_unfinished_directory_does_not_look_like_a_model(source, tmp_path):
     assert not names & {"config.json", "model.safetensors.index.json", "llmprune.json"}
 
 
+def test_overwriting_takes_away_what_was_written_about_the_earlier_model(source, tmp_path):
+    directory = tmp_path / "out"
+    out = opened(source, directory)
+    written(out, source, 3)
+    out.finish("", {})
+    out.release()
+    gone = ["report.html", "report/tasks.png", ".eval_results/llmprune-boolq.yaml"]
+    stays = ["notes.txt", ".eval_results/mine.yaml"]
+    for name in (*gone, *stays):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("x")
+    opened(source, directory, overwrite=True).release()
+    assert not any((directory / name).exists() for name in (*gone, "report"))
+    assert all((directory / name).exists() for name in stays)
+
+
 def test_finished_blocks_are_remembered(source, tmp_path):
     out = opened(source, tmp_path / "out")
     written(out, source, 2)

@@ -9,8 +9,10 @@ import pytest
 from in_process import llmprune
 from tiny import build
 
+from llmprune import evaluate
 from llmprune.compare import PERPLEXITY, Comparison, Row, Value
 from llmprune.errors import LLMPruneError
+from llmprune.pruning import peak_rss
 from llmprune.recipe import Recipe
 from llmprune.sweep import combinations, frontiers
 from llmprune.verify import read_record
@@ -154,6 +156,29 @@ def test_every_run_is_evaluated_beside_the_dense_model(material, tmp_path, monke
         for sparsity in ("0.25", "0.5")
     ]
     assert looked_up == [(["boolq"], [])], "tasks are looked up before anything is pruned"
+
+
+def test_the_dense_models_perplexity_is_measured_once(material, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "cache"))
+    measured = []
+    working = evaluate.perplexity
+    monkeypatch.setattr(
+        evaluate,
+        "perplexity",
+        lambda skeleton, *args, **options: (
+            measured.append(skeleton.checkpoint.directory.name) or working(skeleton, *args, **options)
+        ),
+    )
+    assert sweep(material, tmp_path / "grid", "--methods", "magnitude", "--sparsities", "0.25,0.5").code == 0
+    assert measured == ["model", "magnitude-0.25", "magnitude-0.5"]
+
+
+def test_peak_memory_is_that_of_the_run_and_not_of_what_came_before_it(material, tmp_path):
+    before = bytearray(1 << 30)
+    peak = peak_rss()
+    del before
+    assert sweep(material, tmp_path, "--methods", "magnitude", "--sparsities", "0.5").code == 0
+    assert read_record(tmp_path / "magnitude-0.5")["peak_rss_bytes"] < peak - (1 << 29)
 
 
 def row(name: str, method: str, sparsity: float, **values: float) -> Row:

@@ -25,3 +25,4 @@ def prune(stream: Stream, recipe: Recipe) -> None:
             score_OI = linear.weight_OI.abs() * norm.rms_I
             linear.keep(pattern.keep(score_OI))
             linear.facts["outlier_ratio"] = outlier_ratio(score_OI)
+            del score_OI  # before the next matrix's scores are made
