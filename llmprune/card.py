@@ -258,12 +258,14 @@ def _index_entries(record: Record) -> Iterator[EvalResult]:
 
 
 def _result_files(record: Record) -> Iterator[tuple[str, str]]:
-    """Name and content of an `.eval_results` file for every task whose data set has an id on the Hub."""
+    """Name and content of an `.eval_results` file for every task that was scored whole and whose data set is on the Hub."""
     for name, task in _tasks(record).items():
-        if name not in TASK_DATA:
-            continue
         assert record.evaluation
-        harness = (task.protocol or record.evaluation.protocol).get("lm_eval")
+        protocol = task.protocol or record.evaluation.protocol
+        # The Hub ranks these beside whole ones: a score on the first 200 documents is none of them.
+        if name not in TASK_DATA or protocol.get("limit"):
+            continue
+        harness = protocol.get("lm_eval")
         notes = f"lm-eval {harness}, {_setup(task)}" if harness else _setup(task)
         if task.stderr is not None:
             notes += f", standard error {task.stderr:.4f}"

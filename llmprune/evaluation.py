@@ -24,11 +24,11 @@ from . import __version__, calibration, card
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, write_file, write_text
 from .errors import LLMPruneError
-from .evaluate import check_unchanged, described, identity, measure, numerics
 from .harness import DATA, PERPLEXITY, LoadedTask, Seeds, Suite, load_suite, load_tasks, score
 from .loading import check_model, load
 from .models import Skeleton, load_tokenizer, resolve
 from .output import RECORD, held, sealed
+from .perplexity import check_unchanged, described, identity, measure, numerics
 from .pruning import CPU_WINDOWS, Say
 from .recipe import Dtype, from_options, sentence
 from .scores import Scores, difference, keep, kept

@@ -20,10 +20,10 @@ from . import __version__, calibration, card, methods, sampling, settings
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
-from .evaluate import described, measure
 from .methods import Method
 from .models import Skeleton, Source, load_tokenizer, resolve
 from .output import Facts, Output, check_directory, check_space, settled_recipe
+from .perplexity import described, measure
 from .progress import bar
 from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm

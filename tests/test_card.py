@@ -36,6 +36,7 @@ EVALUATION = {
     "perplexity": {"text": "wikitext2", "protocol": "token perplexity, 8 windows", "token": 30.125, "dense": 20.5},
     "protocol": {"lm_eval": "0.4.13", "limit": 200, "suite": None, "seeds": {"numpy": 0}},
 }
+WHOLE = {**EVALUATION, "protocol": {**EVALUATION["protocol"], "limit": None}}
 CALIBRATION = {"source": "c4 (allenai/c4, train)", "sha256": "5e" * 32, "note": "4 samples"}
 
 
@@ -126,15 +127,20 @@ def test_scores_are_in_the_model_index_as_measured(pruned: Path) -> None:
 
 
 def test_a_task_with_a_data_set_on_the_hub_has_an_eval_results_file(pruned: Path) -> None:
-    written(pruned, evaluation=EVALUATION)
+    written(pruned, evaluation=WHOLE)
     (file,) = (pruned / ".eval_results").iterdir()
     (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("allenai/ai2_arc", "arc_easy", 0.41)
     assert entry.notes == "lm-eval 0.4.13, acc_norm, 0-shot, 200 documents, task version 1.0, standard error 0.0100"
 
 
+def test_a_score_on_a_part_of_a_task_has_no_eval_results_file(pruned: Path) -> None:
+    assert "0.4100" in written(pruned, evaluation=EVALUATION).text
+    assert not (pruned / ".eval_results").exists()
+
+
 def test_eval_results_that_no_longer_hold_are_removed_and_others_stay(pruned: Path) -> None:
-    written(pruned, evaluation=EVALUATION)
+    written(pruned, evaluation=WHOLE)
     (pruned / ".eval_results" / "theirs.yaml").write_text("[]")
     written(pruned, evaluation=None)
     assert [file.name for file in (pruned / ".eval_results").iterdir()] == ["theirs.yaml"]

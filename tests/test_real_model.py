@@ -5,8 +5,8 @@ import torch
 
 import llmprune
 from llmprune.calibration import evaluation_set
-from llmprune.evaluate import perplexity
 from llmprune.models import Skeleton, load_tokenizer
+from llmprune.perplexity import perplexity
 from llmprune.verify import verify
 
 pytestmark = pytest.mark.real_model

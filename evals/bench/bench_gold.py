@@ -12,8 +12,8 @@ from common import data_dir, save, smollm2
 
 import llmprune
 from llmprune.calibration import evaluation_set
-from llmprune.evaluate import perplexity
 from llmprune.models import Skeleton, load_tokenizer
+from llmprune.perplexity import perplexity
 
 REFERENCE = {  # (method, pattern, sequential, propagate): the published code's perplexity
     ("sparsegpt", "unstructured", "block", "pruned"): 50.124,
