@@ -29,7 +29,7 @@ from .checkpoint import write_text
 from .errors import LLMPruneError
 from .output import RECIPE
 from .recipe import parse_nm
-from .record import Estimate, Record, Task, read
+from .record import Difference, Estimate, Record, Task, read
 from .tables import count, size, use_of, weights_bytes
 from .verify import read_record
 
@@ -194,18 +194,23 @@ def _hub_dataset(resolved: str) -> str | None:
 def _scores(record: Record) -> Iterator[tuple[str, str, str, str]]:
     """Rows of the table before and after: what was measured, dense, pruned, difference."""
     if text := record.perplexity:
-        yield "token perplexity", f"{text.dense:.3f}", f"{text.pruned:.3f}", f"{text.pruned - text.dense:+.3f}"
+        change = _change(text.difference, 3) or f"{text.pruned - text.dense:+.3f}"
+        yield "token perplexity", f"{text.dense:.3f}", f"{text.pruned:.3f}", change
     if record.evaluation is None:
         return
     if measured := record.evaluation.perplexity:
         dense = "" if measured.dense is None else f"{measured.dense:.3f}"
-        change = "" if measured.dense is None else f"{measured.token - measured.dense:+.3f}"
-        yield "token perplexity (`llmprune eval`)", dense, f"{measured.token:.3f}", change
+        yield "token perplexity (`llmprune eval`)", dense, f"{measured.token:.3f}", _change(measured.difference, 3)
     for name, task in record.evaluation.tasks.items():
-        change = ""
-        if between := task.difference:
-            change = f"{between.value:+.4f} ({between.confidence:.0%}: {between.low:+.4f} to {between.high:+.4f})"
+        change = _change(task.difference, 4)
         yield f"{escape(name)}: {escape(_setup(task))}", _estimate(task.dense), _estimate(task), change
+
+
+def _change(between: Difference | None, digits: int) -> str:
+    if between is None:
+        return ""
+    value, low, high = (f"{number:+.{digits}f}" for number in (between.value, between.low, between.high))
+    return f"{value} ({between.confidence:.0%}: {low} to {high})"
 
 
 def _estimate(score: Estimate | None) -> str:

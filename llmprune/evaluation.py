@@ -146,11 +146,14 @@ def evaluate(request: Request, *, say: Say, quiet: bool) -> dict[str, dict[str, 
     }
     evaluation = {"tasks": entries, "protocol": asdict(protocol)}
     if text:
+        ours = run.perplexity(side, text)
+        theirs = run.perplexity(baseline, text) if baseline else None
         evaluation["perplexity"] = {
             **described(text),
             "windows": len(text.ids_NT),
-            "token": run.perplexity(side, text),
-            "dense": run.perplexity(baseline, text) if baseline else None,
+            "token": ours.metrics["perplexity"],
+            "dense": theirs.metrics["perplexity"] if theirs else None,
+            "difference": _difference("perplexity", ours, theirs, protocol.seeds),
         }
     _write(evaluation, request, side)
     return evaluation
@@ -290,7 +293,7 @@ class _Run:
             vocab_size=skeleton.vocab_size,
         )
 
-    def perplexity(self, side: Side, text: TokenSet) -> float:
+    def perplexity(self, side: Side, text: TokenSet) -> Scores:
         """Streamed block by block, so that the model need not fit in memory."""
         return measure(self._skeleton(side), text, label=side.name, quiet=self.quiet)
 

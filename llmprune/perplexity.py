@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable
 from importlib.metadata import version
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -24,24 +25,33 @@ from .errors import LLMPruneError
 from .models import Skeleton
 from .output import COPIED, RECORD, read_record
 from .progress import bar
-from .scores import Scores, keep, kept
+from .scores import Documents, Scores, keep, kept
 from .stream import Stream
 
 # Positions whose logits exist at one time: 512 x a vocabulary of 128k in float32 are 256 MB.
 POSITIONS = 512
 
 
-def measure(skeleton: Skeleton, text: TokenSet, *, label: str, quiet: bool) -> float:
-    """A model's token perplexity, from the cache if it was measured before."""
+def measure(skeleton: Skeleton, text: TokenSet, *, label: str, quiet: bool) -> Scores:
+    """A model's token perplexity over all windows and the log-likelihood of each, from the cache if measured before."""
     model = identity(skeleton.checkpoint)
-    key = {"model": model, "task": "perplexity", "tokens": text.sha256, **numerics(skeleton.dtype, skeleton.device)}
+    key = {"model": model, "task": "token perplexity", "tokens": text.sha256, **numerics(skeleton.dtype, skeleton.device)}
     if scores := kept(key):
-        return scores.metrics["perplexity"]  # type: ignore[return-value]
+        return scores
     with bar(f"{label}, perplexity", len(skeleton.blocks) + len(text.ids_NT), quiet=quiet) as advance:
-        value = perplexity(skeleton, text.ids_NT, advance_progress=advance)
+        losses = window_losses(skeleton, text.ids_NT, advance_progress=advance)
     check_unchanged(skeleton.checkpoint, model)
-    keep(key, Scores(len(text.ids_NT), 0, None, {"perplexity": value}, {"perplexity": False}, {}, text.sha256))
-    return value
+    scores = Scores(
+        samples=len(losses),
+        fewshot=0,
+        version=None,
+        metrics={"perplexity": _exponential(losses)},
+        higher_is_better={"perplexity": False},
+        documents={"perplexity": Documents("perplexity", [-loss for loss in losses])},
+        documents_sha256=text.sha256,
+    )
+    keep(key, scores)
+    return scores
 
 
 def described(text: TokenSet) -> dict[str, object]:
@@ -93,31 +103,49 @@ def perplexity(
     micro_batch: int = 1,
     advance_progress: Callable[[str], None] = lambda name: None,
 ) -> float:
-    """exp of the mean negative log-likelihood per predicted token.
+    """exp of the mean negative log-likelihood per predicted token; see `window_losses`."""
+    return _exponential(window_losses(skeleton, ids_NT, micro_batch=micro_batch, advance_progress=advance_progress))
+
+
+def _exponential(losses: list[float]) -> float:
+    # Every window predicts the same number of tokens, so the mean over windows is the mean over tokens.
+    return math.exp(fmean(losses))
+
+
+def window_losses(
+    skeleton: Skeleton,
+    ids_NT: Tensor,
+    *,
+    micro_batch: int = 1,
+    advance_progress: Callable[[str], None] = lambda name: None,
+) -> list[float]:
+    """The mean negative log-likelihood per predicted token of every window.
 
     Args:
         skeleton: the model.
         ids_NT: windows of token ids, int64 [windows, tokens].
         micro_batch: windows per forward.
         advance_progress: called once per block, then once per micro-batch.
+
+    Raises:
+        LLMPruneError: one is not finite, or so large that no perplexity is.
     """
     stream = Stream(skeleton, ids_NT, micro_batch=micro_batch, keep_last=True, advance_progress=advance_progress)
     for _ in stream.blocks():
         pass
-    total = 0.0
+    losses: list[float] = []
     with stream.outer_loaded(head=True):
         for batch in range(len(stream.batches)):
-            total += _loss(stream, batch)
+            losses += _losses(stream, batch)
             advance_progress(f"window {batch}")
-    # Every window predicts the same number of tokens, so the mean over windows is the mean over tokens.
-    value = math.exp(total / len(ids_NT))
-    if not math.isfinite(value):
+    # exp(700) is about the largest float.
+    if not all(loss < 700 for loss in losses):
         raise LLMPruneError("The perplexity is not finite: the model's logits overflow; try --dtype float32.")
-    return value
+    return losses
 
 
-def _loss(stream: Stream, batch: int) -> float:
-    """Sum over a micro-batch's windows of the mean loss per predicted token."""
+def _losses(stream: Stream, batch: int) -> list[float]:
+    """The mean loss per predicted token of each of a micro-batch's windows."""
     ids_BT = stream._ids(batch)
     final_BTI = stream.hidden(batch)
     last = len(stream.skeleton.blocks) - 1
@@ -128,8 +156,8 @@ def _loss(stream: Stream, batch: int) -> float:
 
     # The model's own head: final norm, projections, soft-capping, whatever the architecture does.
     takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
-    total = 0.0
     length = ids_BT.shape[1]
+    total_B = torch.zeros(len(ids_BT), dtype=torch.float64)
     with stream.blocks_replaced(pass_through):
         for start in range(0, length - 1, POSITIONS):
             positions = torch.arange(start, min(start + POSITIONS, length - 1), device=ids_BT.device)
@@ -137,8 +165,9 @@ def _loss(stream: Stream, batch: int) -> float:
             logits_BTV = model(input_ids=ids_BT, use_cache=False, **options).logits
             if not takes_positions:
                 logits_BTV = logits_BTV[:, positions]
-            total += float(cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, positions + 1].flatten(), reduction="sum"))
-    return total / (length - 1)
+            loss_BT = cross_entropy(logits_BTV.float().transpose(1, 2), ids_BT[:, positions + 1], reduction="none")
+            total_B += loss_BT.double().sum(dim=1).cpu()
+    return (total_B / (length - 1)).tolist()
 
 
 def _first(hidden: Tensor | None, kwargs: dict[str, object]) -> Tensor:

@@ -27,6 +27,7 @@ from .perplexity import described, measure
 from .progress import bar
 from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm
+from .scores import difference
 from .stream import Clock, Stream
 
 if TYPE_CHECKING:
@@ -338,11 +339,14 @@ def _measured(record: dict[str, object], text: TokenSet) -> bool:
 
 def _evaluate(ready: Prepared, pruned: Checkpoint, text: TokenSet, quiet: bool) -> dict[str, object]:
     """Token perplexity of the dense and of the pruned model on the same windows."""
-    values = {
-        label: measure(ready.skeleton.with_checkpoint(checkpoint), text, label=label, quiet=quiet)
-        for label, checkpoint in (("dense", ready.skeleton.checkpoint), ("pruned", pruned))
+    dense = measure(ready.skeleton, text, label="dense", quiet=quiet)
+    found = measure(ready.skeleton.with_checkpoint(pruned), text, label="pruned", quiet=quiet)
+    return {
+        "dense": dense.metrics["perplexity"],
+        "pruned": found.metrics["perplexity"],
+        "difference": asdict(difference(found.documents["perplexity"], dense.documents["perplexity"])),
+        **described(text),
     }
-    return values | described(text)
 
 
 def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:

@@ -50,16 +50,6 @@ class Calibration(BaseModel):
     note: str
 
 
-class Perplexity(BaseModel):
-    """Measured by `prune --evaluate`."""
-
-    dense: float
-    pruned: float
-    text: str
-    protocol: str
-    tokens_sha256: str
-
-
 class Estimate(BaseModel):
     value: float
     stderr: float | None = None
@@ -72,6 +62,17 @@ class Difference(BaseModel):
     low: float
     high: float
     confidence: float = 0.95
+
+
+class Perplexity(BaseModel):
+    """Measured by `prune --evaluate`."""
+
+    dense: float
+    pruned: float
+    difference: Difference | None = None
+    text: str
+    protocol: str
+    tokens_sha256: str
 
 
 class Task(Estimate):
@@ -96,6 +97,7 @@ class TokenPerplexity(BaseModel):
     tokens_sha256: str | None = None
     token: float
     dense: float | None = None
+    difference: Difference | None = None
 
 
 class Evaluation(BaseModel):

@@ -33,7 +33,8 @@ EVALUATION = {
         },
         "my_own_task": {"metric": "acc", "value": 0.25},
     },
-    "perplexity": {"text": "wikitext2", "protocol": "token perplexity, 8 windows", "token": 30.125, "dense": 20.5},
+    "perplexity": {"text": "wikitext2", "protocol": "token perplexity, 8 windows", "token": 30.125, "dense": 20.5}
+    | {"difference": {"value": 9.625, "low": 8.5, "high": 11.0, "confidence": 0.95}},
     "protocol": {"lm_eval": "0.4.13", "limit": 200, "suite": None, "seeds": {"numpy": 0}},
 }
 WHOLE = {**EVALUATION, "protocol": {**EVALUATION["protocol"], "limit": None}}
@@ -171,7 +172,7 @@ def test_the_table_shows_dense_and_pruned_side_by_side(pruned: Path) -> None:
         "-0.0900 (95%: -0.1200 to -0.0500)",
     ]
     assert table["my_own_task: acc"] == ["", "0.2500", ""]
-    assert table["token perplexity (llmprune eval)"] == ["20.500", "30.125", "+9.625"]
+    assert table["token perplexity (llmprune eval)"] == ["20.500", "30.125", "+9.625 (95%: +8.500 to +11.000)"]
 
 
 def test_a_card_without_measurements_says_so(pruned: Path) -> None:

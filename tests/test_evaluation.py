@@ -268,6 +268,19 @@ def test_token_perplexity_is_the_resident_models(data_dir, variant, tmp_path, mo
     assert perplexity(Skeleton(folder), ids_NT) == found["token"]
 
 
+def test_token_perplexities_are_compared_in_pairs_of_windows(pruned, dense, tmp_path, monkeypatch):
+    text = tmp_path / "wikitext-2-raw-v1" / "test.parquet"
+    text.parent.mkdir()
+    datasets.Dataset.from_dict({"text": ["One day a girl saw a big red ball in the park. " * 99]}).to_parquet(text)
+    monkeypatch.setenv("LLMPRUNE_DATA", str(tmp_path))
+    options = ["--baseline", dense, "--tasks", "perplexity", "--limit", "3", "--device", "cpu", "--json"]
+    found = json.loads(llmprune("eval", pruned, *options).out)["evaluation"]["perplexity"]
+    gap = found["difference"]
+    assert gap["value"] == pytest.approx(found["token"] - found["dense"], abs=1e-9)
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    assert gap["low"] < gap["high"]
+
+
 # Bad input.
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from llmprune import calibration, evaluate
+from llmprune import calibration, perplexity
 from llmprune.checkpoint import Checkpoint
 from llmprune.models import Skeleton
 from llmprune.stream import Stream
@@ -183,9 +183,9 @@ def test_streamed_perplexity_is_that_of_the_whole_model(folder, ids_NT, monkeypa
     logits = dense(folder)(ids_NT).logits[:, :-1]
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), ids_NT[:, 1:].flatten()).exp()
     # Positions of a window are evaluated in pieces; 11 predictions make three.
-    monkeypatch.setattr(evaluate, "POSITIONS", 5)
+    monkeypatch.setattr(perplexity, "POSITIONS", 5)
     for micro_batch in (1, 3):
-        found = evaluate.perplexity(Skeleton(folder), ids_NT, micro_batch=micro_batch)
+        found = perplexity.perplexity(Skeleton(folder), ids_NT, micro_batch=micro_batch)
         assert found == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -335,7 +335,7 @@ def test_a_tied_checkpoint_means_what_it_means_to_transformers(copies, folder_of
     assert ("model.embed_tokens.weight" in tensors(source)) == (copies != "under the head's name")
     logits = resident(source)(ids_NT).logits
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids_NT[:, 1:].flatten())
-    assert math.log(evaluate.perplexity(Skeleton(source), ids_NT)) == pytest.approx(float(loss), rel=1e-5)
+    assert math.log(perplexity.perplexity(Skeleton(source), ids_NT)) == pytest.approx(float(loss), rel=1e-5)
     prune(source, tmp_path / "out", "--sparsity", 0)
     assert torch.equal(resident(tmp_path / "out")(ids_NT).logits, logits)
 

@@ -9,7 +9,7 @@ import pytest
 from in_process import llmprune
 from tiny import build
 
-from llmprune import evaluate
+from llmprune import perplexity
 from llmprune.compare import PERPLEXITY, Comparison, Row, Value
 from llmprune.errors import LLMPruneError
 from llmprune.pruning import peak_rss
@@ -161,10 +161,10 @@ def test_every_run_is_evaluated_beside_the_dense_model(material, tmp_path, monke
 def test_the_dense_models_perplexity_is_measured_once(material, tmp_path, monkeypatch):
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "cache"))
     measured = []
-    working = evaluate.perplexity
+    working = perplexity.window_losses
     monkeypatch.setattr(
-        evaluate,
-        "perplexity",
+        perplexity,
+        "window_losses",
         lambda skeleton, *args, **options: (
             measured.append(skeleton.checkpoint.directory.name) or working(skeleton, *args, **options)
         ),

@@ -99,7 +99,7 @@ def _show(evaluation: Mapping[str, Any]) -> None:
         table.add_row(name, task["metric"], *scores, str(task["samples"]))
     if text := evaluation.get("perplexity"):
         dense = [f"{text['dense']:.4f}"] if compared else []
-        gap = [f"{text['token'] - text['dense']:+.4f}"] if compared else []
+        gap = [_interval(text["difference"])] if compared else []
         table.add_row("perplexity", "token_perplexity", *dense, f"{text['token']:.4f}", *gap, str(text["windows"]))
     console = Console()
     if not console.is_terminal:
