@@ -243,6 +243,8 @@ def test_one_flipped_byte_anywhere_is_found(tmp_path):
     out = tmp_path / "out"
     llmprune.prune(str(tmp_path / "model"), output=out, method="random")
     for file in out.iterdir():
+        if file.name == "README.md":  # the card is everybody's to edit
+            continue
         content = bytearray(file.read_bytes())
         for position in range(len(content)):
             content[position] ^= 1

@@ -5,13 +5,14 @@
 
 Imports once, forks a child per attempt. Half of the kills hit a chosen file operation in the output directory (the n-th open,
 rename or removal, seen through an audit hook), the other half a random moment. A child that finishes is compared with an
-uninterrupted run, then the directory is removed and killing goes on. `--races` starts two runs on one directory at the same
+uninterrupted run, then the directory is removed and killing goes on. `--races` has two runs lock one directory at the same
 moment instead: one wins, the other is refused.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,10 +20,13 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
+from llmprune import output
 from llmprune.errors import LLMPruneError
 from llmprune.pruning import run
 from llmprune.recipe import Recipe
@@ -61,14 +65,20 @@ def die_after(seconds: float) -> None:
     threading.Thread(target=kill, daemon=True).start()
 
 
-def start(recipe: Recipe, folder: Path, death: tuple[str, float] | None = None, gate: int | None = None) -> int:
-    """Run in a forked child, which waits for a byte from the pipe `gate`. Returns the child's process id."""
+def start(recipe: Recipe, folder: Path, death: tuple[str, float] | None = None, gate: Barrier | None = None) -> int:
+    """Run in a forked child, which takes the directory's lock when all have come to `gate`. Returns its process id."""
     child = os.fork()
     if child:
         return child
     try:
-        if gate is not None:
-            os.read(gate, 1)
+        if gate:
+            lock = output._lock
+
+            def lock_at_once(directory: Path) -> TextIO:
+                gate.wait(60)
+                return lock(directory)
+
+            output._lock = lock_at_once
         torch.set_num_threads(1)
         if death:
             kind, when = death
@@ -89,12 +99,9 @@ def attempt(recipe: Recipe, folder: Path, death: tuple[str, float] | None) -> in
 
 
 def race(recipe: Recipe, folder: Path) -> list[int]:
-    """Start two runs at the same moment; returns their exit codes in order."""
-    gate, opener = os.pipe()
+    """Two runs that lock the directory at the same moment; returns their exit codes in order."""
+    gate = multiprocessing.Barrier(2)
     children = [start(recipe, folder, gate=gate) for _ in range(2)]
-    os.write(opener, b"12")
-    os.close(gate)
-    os.close(opener)
     return sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 
