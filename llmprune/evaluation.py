@@ -22,12 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import __version__, calibration, card
 from .calibration import TokenSet
-from .checkpoint import Checkpoint, write_file, write_text
+from .checkpoint import Checkpoint, write_text
 from .errors import LLMPruneError
 from .harness import DATA, PERPLEXITY, LoadedTask, Seeds, Suite, load_suite, load_tasks, score
 from .loading import check_model, load
 from .models import Skeleton, load_tokenizer, resolve
-from .output import RECORD, held, sealed
+from .output import RECORD, held, write_record
 from .perplexity import check_unchanged, described, identity, measure, numerics
 from .pruning import CPU_WINDOWS, Say
 from .recipe import Dtype, from_options, sentence
@@ -374,7 +374,7 @@ def _write(evaluation: dict[str, dict[str, object]], request: Request, side: Sid
                 earlier = record.get("evaluation", {})
                 tasks = {**earlier.get("tasks", {}), **evaluation["tasks"]}
                 record["evaluation"] = {**earlier, **evaluation, "tasks": tasks}
-                write_file(directory / RECORD, sealed(record, indent=2))
+                write_record(directory, record)
                 card.write(directory)
     except OSError as error:
         raise LLMPruneError(

@@ -33,13 +33,13 @@ from huggingface_hub.utils import (
 )
 
 from . import __version__, card
-from .checkpoint import INDEX, write_file, write_text
+from .checkpoint import INDEX, write_text
 from .errors import LLMPruneError
-from .output import RECIPE, RECORD, REPORT, sealed
+from .output import RECIPE, REPORT, write_record
 from .progress import bar
 from .record import read
 from .tables import weights_bytes
-from .verify import read_record, verify
+from .verify import read_record, steps, verify
 
 # httpx's or httpx2's, whichever the client runs on: a connection that fails raises this, an answer of the Hub its subclass.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -98,7 +98,7 @@ def push(
     """
     record = read_record(directory)
     check(repo_id)
-    with bar("verify", sum(len(record[key]) for key in ("shards", "copied", "linears")) + 2, quiet=quiet) as advance:
+    with bar("verify", steps(record), quiet=quiet) as advance:
         problems = verify(directory, advance_progress=advance)
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -148,7 +148,7 @@ def _stage(directory: Path, folder: Path, record: dict[str, dict[str, str]], rep
     recipe = yaml.safe_load((directory / RECIPE).read_text(encoding="utf-8"))
     record, recipe = json.loads(_without_places(json.dumps([record, recipe])))
     digest = write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
-    write_file(folder / RECORD, sealed({**record, "recipe_sha256": digest}, indent=2))
+    write_record(folder, {**record, "recipe_sha256": digest})
     card.write(folder, repo_id)
     if find_spec("matplotlib"):
         from .report import page

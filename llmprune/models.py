@@ -506,12 +506,12 @@ class Skeleton:
         Raises:
             LLMPruneError: one holds NaN or infinite weights.
         """
-        narrow = {}
+        narrow = set()
         for linear in self.linears[index]:
             name = f"{linear.name}.weight"
             linear.stored = stored[name]
             if linear.stored.dtype != self.dtype and torch.promote_types(linear.stored.dtype, self.dtype) == self.dtype:
-                narrow[name] = linear
+                narrow.add(name)
                 linear.module.forward = partial(self._run_widened, linear)
         for name, tensor in stored.items():
             self.check(name, tensor)

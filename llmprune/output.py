@@ -311,7 +311,7 @@ class Output:
 
     def write_record(self, record: Facts) -> None:
         with self.writing(RECORD):
-            write_file(self.directory / RECORD, sealed(record, indent=2))
+            write_record(self.directory, record)
 
     def block_facts(self) -> list[dict[str, object]]:
         """What was said of every block when it was written."""
@@ -436,6 +436,11 @@ def read_record(directory: Path) -> dict[str, object]:
         raise LLMPruneError(
             f"{file} is damaged or was written by another version of llmprune: prune again with --overwrite."
         ) from error
+
+
+def write_record(directory: Path, record: Facts) -> None:
+    """Write a directory's llmprune.json as `read_record` reads it."""
+    write_file(directory / RECORD, sealed(record, indent=2))
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -268,8 +268,9 @@ class Stream:
                 f"Block {block} produced NaN or infinite activations in {self.skeleton.dtype}: check the weights, or "
                 "compute in a wider type with --dtype float32."
             )
-        cosine_BT = cosine_similarity(self.hidden(batch).float(), output_BTI.float(), dim=-1)
-        self.similarity += torch.tensor([float(cosine_BT.double().sum()), cosine_BT.numel()])
+        if self.output:  # for the record; who only looks has none
+            cosine_BT = cosine_similarity(self.hidden(batch).float(), output_BTI.float(), dim=-1)
+            self.similarity += torch.tensor([float(cosine_BT.double().sum()), cosine_BT.numel()])
         self._store(batch, output_BTI)
 
     # Blocks ------------------------------------------------------------------------------------------------------

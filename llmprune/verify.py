@@ -47,6 +47,11 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     return problems
 
 
+def steps(record: dict) -> int:  # type: ignore[type-arg]
+    """How often `verify` advances: once for every file, the index and the recipe among them, and every linear."""
+    return sum(len(record[key]) for key in ("shards", "copied", "linears")) + 2
+
+
 def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
     """The content of llmprune.json.
 

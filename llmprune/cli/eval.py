@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .prune import _interrupt
+
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id, GGUF file or alias.")],
@@ -76,10 +78,6 @@ def command(
         print(json.dumps({"model": model, "evaluation": evaluation}, indent=2))
     elif not quiet:
         _show(evaluation)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _show(evaluation: Mapping[str, Any]) -> None:

@@ -13,10 +13,10 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print problems only.")] = False,
 ) -> None:
     from ..progress import bar
-    from ..verify import read_record, verify
+    from ..verify import read_record, steps, verify
 
     record = read_record(directory)
-    with bar("verify", sum(len(record[key]) for key in ("shards", "copied", "linears")) + 2, quiet=quiet) as advance:
+    with bar("verify", steps(record), quiet=quiet) as advance:
         problems = verify(directory, advance_progress=advance)
     for problem in problems:
         print(problem)
