@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,8 @@ class Family:
     roles: dict[str, str]
     # Parameters that checkpoints call something else than transformers does.
     stored_as: dict[str, str] = field(default_factory=dict)
+    # Roles whose output is added to the residual stream as it is; none where it is normalised first.
+    writers: tuple[str, ...] = ("o", "down")
 
 
 _LLAMA = Family(
@@ -69,13 +71,14 @@ _LLAMA = Family(
         "mlp.down_proj": "down",
     },
 )
+_GEMMA = replace(_LLAMA, writers=())
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "phi3": Family(
         "model.layers",
         {
@@ -328,6 +331,7 @@ class Skeleton:
             _refuse_family(self.config.model_type)
         assert family is not None
         self.blocks_path = family.blocks
+        self.writers = family.writers
         self.blocks: list[nn.Module] = list(self.model.get_submodule(family.blocks).children())
         if not self.blocks:
             raise LLMPruneError(f"{directory / 'config.json'} describes a model without decoder blocks: nothing to prune.")

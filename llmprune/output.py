@@ -3,6 +3,7 @@
     OUT/model-00001-of-00031.safetensors ...   each written to a temporary name, synced, renamed
     OUT/.llmprune/journal.jsonl                one line per finished step, synced after the step's files are
     OUT/.llmprune/lock                         held (flock) by the running process; the kernel frees it if that dies
+    OUT/.llmprune/progress*                    what a method that works long before the first block is finished has so far
     OUT/.llmprune/clearing                     there while `--overwrite` removes an earlier model
     OUT/config.json, index, tokenizer, ...     written at the end, so that nothing unfinished loads as a model
     OUT/llmprune.json                          the record; written last, it says the directory is complete
@@ -21,7 +22,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypedDict, cast
 
 from torch import Tensor
 
@@ -34,6 +35,7 @@ STATE = ".llmprune"
 JOURNAL = f"{STATE}/journal.jsonl"
 LOCK = f"{STATE}/lock"
 CLEARING = f"{STATE}/clearing"
+PROGRESS = f"{STATE}/progress.json"
 SHARD_BYTES = 5 * 10**9
 OUTER_BYTES = 5 * 10**8
 REPORT = "report.html"
@@ -230,7 +232,7 @@ class Output:
         else:
             marker.touch()
         ours = (RECIPE, *COPIED, *ABOUT) if marker.stat().st_size else ()
-        for pattern in (JOURNAL, INDEX, "model*.safetensors", "pytorch_model*.bin*", ".*.tmp", *ours):
+        for pattern in (JOURNAL, f"{STATE}/progress*", INDEX, "model*.safetensors", "pytorch_model*.bin*", ".*.tmp", *ours):
             for file in self.directory.glob(pattern):
                 file.unlink()
                 if file.parent not in (self.directory, self.directory / STATE):
@@ -284,6 +286,33 @@ class Output:
                 files[file] = write_shard(self.directory / file, {name: tensors[name].contiguous() for name in names})
         with self.writing("the journal"):
             self.journal.record(f"block {index}", files, facts)
+
+    def write_progress(self, tensors: Mapping[str, Tensor], facts: Facts) -> None:
+        """Keep what a method has so far, in place of what it had before. A crash leaves one of the two."""
+        earlier = _progress(self.directory)
+        file = f"{STATE}/progress-{1 if earlier and earlier['file'].endswith('-0.safetensors') else 0}.safetensors"
+        with self.writing("the search's progress"):
+            digest = write_shard(self.directory / file, {name: tensor.contiguous() for name, tensor in tensors.items()})
+            write_file(self.directory / PROGRESS, sealed({"file": file, "digest": digest, "facts": dict(facts)}))
+            if earlier:
+                (self.directory / earlier["file"]).unlink(missing_ok=True)
+
+    def read_progress(self) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+        """What `write_progress` kept last, if anything.
+
+        Raises:
+            LLMPruneError: it is damaged.
+        """
+        found = _progress(self.directory)
+        if found is None:
+            return None
+        path = self.directory / found["file"]
+        if not path.is_file() or hash_file(path) != found["digest"]:
+            raise LLMPruneError(
+                f"{path} is not what the interrupted run had written (missing or changed): pass --overwrite to start afresh."
+            )
+        shard = Checkpoint(self.directory, read_header(path))
+        return {name: shard.read(name) for name in shard.entries}, found["facts"]
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -353,7 +382,7 @@ class Output:
         if self._lock is None:
             return
         journal = getattr(self, "journal", None)
-        started = any(self.directory.glob("model-*.safetensors"))
+        started = any(self.directory.glob("model-*.safetensors")) or (self.directory / PROGRESS).exists()
         if (self.directory / RECORD).exists() or (journal and not journal.steps and not started):
             # What cannot be removed hinders no later run.
             with suppress(OSError):
@@ -423,6 +452,24 @@ def _remove_state(directory: Path) -> None:
     for file in sorted(lock.parent.iterdir(), key=lock.__eq__):
         file.unlink()
     lock.parent.rmdir()
+
+
+class _Progress(TypedDict):
+    file: str
+    digest: str
+    facts: dict[str, object]
+
+
+def _progress(directory: Path) -> _Progress | None:
+    file = directory / PROGRESS
+    if not file.is_file():
+        return None
+    with reading(file):
+        content = file.read_bytes()
+    try:
+        return cast(_Progress, unsealed(content))
+    except ValueError as error:
+        raise LLMPruneError(f"{file} is damaged: pass --overwrite to start afresh or give another --output.") from error
 
 
 def read_record(directory: Path) -> dict[str, object]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .methods import icbs
 from .output import free_bytes
 from .pruning import Prepared, output_directory
 from .statistics import Hessian
@@ -15,6 +16,8 @@ from .statistics import Hessian
 BASELINE_BYTES = 450 << 20
 # Matrix products reach this share of the probe's rate in a real block: norms, softmax and attention move bytes too.
 EFFICIENCY = 0.7
+# Steps that conjugate gradients usually take.
+LSTSQ_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,27 @@ class Plan:
 def make_plan(ready: Prepared) -> Plan:
     """Predict a run from its settled recipe and the checkpoint's headers."""
     recipe, skeleton = ready.recipe, ready.skeleton
-    tokens = (recipe.samples or 0) * (recipe.seqlen or 0) if ready.method.STATISTIC else 0
+    tokens = (recipe.samples or 0) * (recipe.seqlen or 0) if ready.statistic else 0
     forwards = count_forwards(ready)
     linear_flops = 2 * skeleton.prunable_parameters()
     attention_flops = 2 * (recipe.seqlen or 0) * skeleton.hidden_size * len(skeleton.blocks)
     flops = forwards * tokens * (linear_flops + attention_flops)
-    if ready.method.STATISTIC is Hessian:
+    if ready.statistic and issubclass(ready.statistic, Hessian):
         flops += sum(tokens * features**2 * 1.3 for features in _inputs(ready))
         flops += sum(features**3 * 4 / 3 for features in _inputs(ready))
-        flops += sum(linear.shape[0] * linear.shape[1] ** 2 for linear in skeleton.all_linears())
+        if recipe.match == "dense":
+            flops += sum(tokens * features**2 * 2 for features in _inputs(ready))
+        # A product of the matrix with the Hessian: SparseGPT's sweep is half of one.
+        products = 2 * recipe.rounds + 2 * LSTSQ_STEPS if recipe.reconstruct == "lstsq" else 1
+        flops += products * sum(linear.shape[0] * linear.shape[1] ** 2 for linear in skeleton.all_linears())
     parts = memory_parts(ready)
+    if recipe.icbs:
+        # Its streaming start is over, and its memory free, when the search begins.
+        search = {"python, torch, transformers": BASELINE_BYTES, **icbs.memory_parts(skeleton, recipe, recipe.icbs)}
+        parts = max(parts, search, key=lambda each: sum(each.values()))
+        batch = recipe.icbs.batch_size * (recipe.seqlen or 0)
+        # A step: a forward, a backward of twice that, and a forward of what is held out.
+        flops += recipe.icbs.steps * (3 * batch + tokens / recipe.icbs.holdout) * 2 * skeleton.parameters()
     disk = skeleton.checkpoint.nbytes
     overhead = disk / 1e9 + 3e-9 * 8 * skeleton.prunable_parameters()
     return Plan(
@@ -59,8 +73,10 @@ def make_plan(ready: Prepared) -> Plan:
 def count_forwards(ready: Prepared) -> float:
     """Forwards of the calibration set through all blocks, in units of one dense forward."""
     recipe, skeleton = ready.recipe, ready.skeleton
-    if ready.method.STATISTIC is None:
+    if ready.statistic is None:
         return 0.0
+    if recipe.match == "dense":
+        return 2.0
     if recipe.sequential == "sublayer" or recipe.propagate == "dense":
         return 1.0
     # The observing pass stops before the last linear, and the last block's output is not needed.
@@ -87,23 +103,29 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
     # The block before is being written, until deciding starts.
     writing = block
     parts = {"python, torch, transformers": BASELINE_BYTES, "weights": weights}
-    if ready.method.STATISTIC:
+    if ready.statistic:
         assert recipe.samples
         assert recipe.seqlen
         assert recipe.micro_batch
         tokens = recipe.samples * recipe.seqlen
         if not recipe.offload_activations:
-            parts["activations"] = tokens * skeleton.hidden_size * width
+            parts["activations"] = tokens * skeleton.hidden_size * width * (2 if recipe.match == "dense" else 1)
         live = recipe.micro_batch * recipe.seqlen
         if recipe.sequential == "sublayer" and recipe.propagate == "pruned":
-            live = tokens
+            live = tokens * (2 if recipe.match == "dense" else 1)
         widest = sum(linear.shape[0] for linear in skeleton.linears[0])
         forward = 2 * live * (widest + 4 * skeleton.hidden_size) * width
-        sizes = [ready.method.STATISTIC.size(features) for features in _inputs(ready, block=0)]
+        sizes = [ready.statistic.size(features) for features in _inputs(ready, block=0)]
         parts["statistics"] = sum(sizes)
-        if ready.method.STATISTIC is Hessian:
-            # SparseGPT inverts the largest one in float64: the matrix, its factor, the identity and the inverse.
-            deciding += 9 * max(sizes)
+        hessian = max(Hessian.size(features) for features in _inputs(ready, block=0))
+        if recipe.reconstruct == "sparsegpt":
+            # The largest Hessian is inverted in float64: the matrix, its factor, the identity and the inverse.
+            deciding += 9 * hessian
+        elif recipe.reconstruct == "lstsq":
+            # The matrices of conjugate gradients, and the Hessian in float32 (fit, held out, damped, scaled) and float64.
+            deciding += 5 * 4 * largest + 8 * hessian
+        elif recipe.refine == "icbs":
+            deciding += 3 * 4 * largest + 3 * hessian
         parts["writing and a forward, or scores"] = max(writing + forward, deciding)
     else:
         parts["writing and scores"] = writing + deciding

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A bar with count, elapsed and remaining time. Yields a function to call after each finished item."""
+    """A bar with count, elapsed and remaining time. Yields a function to call with each finished item's name."""
     hidden = quiet or not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0
     if hidden:
         yield lambda name: None
@@ -33,7 +33,8 @@ def bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Callab
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[latest]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda name: progress.advance(task)
+        task = progress.add_task(description, total=total, latest="")
+        yield lambda name: progress.update(task, advance=1, latest=name)

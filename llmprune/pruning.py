@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, cast
 import psutil
 import torch
 
-from . import __version__, calibration, card, methods, sampling, settings
+from . import __version__, allocation, calibration, card, methods, sampling, settings
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
-from .methods import Method
+from .methods import Method, icbs
 from .models import Skeleton, Source, load_tokenizer, resolve
 from .output import Facts, Output, check_directory, check_space, settled_recipe
 from .perplexity import described, measure
 from .progress import bar
 from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm
+from .refinement import observed
 from .scores import difference
+from .statistics import Statistic
 from .stream import Clock, Stream
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 CPU_WINDOWS = 32
 COVERAGE_WARNING = 0.5
 # Open values that an unfinished run has settled already: the machine or the network may look different by now.
-CONTINUED = ("calibration", "samples", "seqlen", "dtype", "micro_batch")
+CONTINUED = ("calibration", "samples", "seqlen", "dtype", "micro_batch", "damping")
 
 Say = Callable[[str], None]
 
@@ -52,6 +54,7 @@ class Prepared:
     source: Source
     skeleton: Skeleton
     method: Method
+    statistic: type[Statistic] | None
     coverage: float
 
 
@@ -105,7 +108,9 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         warnings.append(f"less than half of the decoder's parameters will be pruned; not covered: {missed}")
     for warning in warnings:
         say(f"warning: {warning}.")
-    return Prepared(recipe, reasons | continued | settled, warnings, source, skeleton, method, coverage)
+    return Prepared(
+        recipe, reasons | continued | settled, warnings, source, skeleton, method, observed(method.STATISTIC, recipe), coverage
+    )
 
 
 def _continue(recipe: Recipe, directory: Path) -> tuple[Recipe, dict[str, str]]:
@@ -136,13 +141,16 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     recipe, skeleton = ready.recipe, ready.skeleton
     if skeleton.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(skeleton.device)
-    for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch"):
+    for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch", "damping"):
         if key in ready.reasons:
             say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
     say(coverage_line(ready))
+    if recipe.icbs:
+        needed = sum(icbs.memory_parts(skeleton, recipe, recipe.icbs).values())
+        say(f"iCBS searches with the whole model in memory, which takes about {needed / 1e9:.1f} GB")
     ranks.together(lambda: check_run(ready))
     evaluation = _evaluation_set(ready) if recipe.evaluate and ranks.is_main else None
-    tokens = ranks.main_first(lambda: _calibration_set(ready, quiet)) if ready.method.STATISTIC else None
+    tokens = ranks.main_first(lambda: _calibration_set(ready, quiet)) if ready.statistic else None
     if tokens:
         say(f"calibration: {tokens.source}: {tokens.note}")
     identity = _identity(ready, tokens)
@@ -215,11 +223,25 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
     recipe, skeleton = ready.recipe, ready.skeleton
     if output.finished_blocks:
         say(f"resuming: {output.finished_blocks} of {len(skeleton.blocks)} blocks were already finished.")
-    ids_NT = None
+    ids_NT, first = None, 0
     if tokens:
         share = ranks.together(lambda: ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1))
-        ids_NT = tokens.ids_NT[share]
-    with bar(recipe.method, len(skeleton.blocks), quiet=quiet) as advance:
+        ids_NT, first = tokens.ids_NT[share], share.start
+    sparsities = None
+    if tokens and recipe.allocation == "block-influence":
+        with bar("block influence", len(skeleton.blocks), quiet=quiet) as advance:
+            influence_B = allocation.measure_influence(
+                skeleton,
+                tokens.ids_NT,
+                micro_batch=recipe.micro_batch or 1,
+                offload=recipe.offload_activations,
+                advance_progress=advance,
+            )
+        sizes_B = [sum(linear.numel for linear in linears) for linears in skeleton.linears]
+        sparsities = allocation.by_influence(influence_B, sizes_B, recipe.target)
+        say(f"sparsity by block influence: {min(sparsities):.1%} to {max(sparsities):.1%} of a block's weights")
+    steps = recipe.icbs.steps if recipe.icbs else 0
+    with bar(recipe.method, len(skeleton.blocks) + steps, quiet=quiet) as advance:
         stream = Stream(
             skeleton,
             ids_NT,
@@ -230,6 +252,9 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
             offload=recipe.offload_activations,
             advance_progress=advance,
             ranks=ranks,
+            match_dense=recipe.match == "dense",
+            first_sample=first,
+            sparsities=sparsities,
         )
         ready.method.prune(stream, recipe)
     return stream.clock
@@ -242,6 +267,7 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
     linears = {name: fact for block in facts for name, fact in cast(dict[str, Facts], block["linears"]).items()}
     prunable = skeleton.prunable_parameters()
     zeros = sum(int(str(fact["zeros"])) for fact in linears.values())
+    searched = output.read_progress()
     return {
         "complete": True,
         "model": {
@@ -262,8 +288,9 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
             "prunable": prunable,
             "zero": zeros,
         },
-        "blocks": [{"influence": block["influence"]} for block in facts],
+        "blocks": [{key: value for key, value in block.items() if key in ("influence", "sparsity")} for block in facts],
         "linears": linears,
+        **({"search": searched[1]["history"]} if searched else {}),
         "clock_seconds": {key: round(value, 3) for key, value in asdict(clock).items()},
     }
 

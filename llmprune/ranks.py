@@ -71,10 +71,8 @@ class Ranks:
         """
         if self.size == 1:
             return
-        tokens = torch.tensor([statistic.tokens], dtype=torch.int64)
-        for tensor in (*statistic.sums(), tokens):
+        for tensor in statistic.sums():
             _contact(lambda tensor=tensor: dist.all_reduce(tensor))  # type: ignore[misc]
-        statistic.tokens = int(tokens)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; if it is bad input on any of them, that is everybody's error.

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import LLMPruneError
+from .options import PAPER, DsnotOptions, IcbsOptions
 
 if TYPE_CHECKING:
     from .patterns import Pattern
@@ -38,6 +39,20 @@ def parse_nm(text: str) -> tuple[int, int] | None:
     return n, m
 
 
+# What a method's name stands for, where the recipe does not say otherwise.
+IMPLIED: dict[str, dict[str, object]] = {
+    "sparsegpt": {"reconstruct": "sparsegpt"},
+    "dsnot": {"refine": "dsnot"},
+    "best": {
+        "allocation": "block-influence",
+        "reconstruct": "lstsq",
+        "rounds": 15,
+        "match": "dense",
+        "sequential": "sublayer",
+    },
+}
+
+
 class Recipe(BaseModel):
     """All options of a pruning run. None means: choose for this model and machine, and say why."""
 
@@ -51,6 +66,27 @@ class Recipe(BaseModel):
     sparsity: float | None = Field(None, description="Fraction of the prunable weights to remove, in [0, 1).")
     pattern: str = Field("unstructured", description="unstructured, or N:M (keeps N of every M inputs), such as 2:4.")
     group: Group | None = Field(None, description="Weights of one row or of the whole layer compete (unstructured).")
+    refine: Literal["none", "dsnot", "icbs"] = Field(
+        "none", description="Improve the method's mask by swaps: DSnoT's, or iCBS's on each row's reconstruction error."
+    )
+    reconstruct: Literal["none", "sparsegpt", "lstsq"] = Field(
+        "none", description="Fit the kept weights anew: SparseGPT's one sweep, or least squares."
+    )
+    allocation: Literal["uniform", "block-influence"] = Field(
+        "uniform", description="Every block loses the same share, or less where it changes the hidden states more."
+    )
+    rounds: int = Field(0, ge=0, description="Rounds in which least squares chooses the mask anew (ADMM).")
+    match: Literal["block", "dense"] = Field(
+        "block",
+        description="Least squares fit what a linear gives on its own inputs, or what the dense model has in its place.",
+    )
+    damping: float | None = Field(
+        None, gt=0, lt=1, description="Share of the Hessian's diagonal in iCBS's row errors and least squares."
+    )
+    preset: Literal["paper"] | None = Field(None, description="DSnoT or iCBS with the published settings.")
+    dsnot: DsnotOptions | None = Field(None, description="DSnoT's own options, as 'cycles: 10, accept: always'.")
+    icbs: IcbsOptions | None = Field(None, description="iCBS's own options (method icbs), as 'steps: 100, gamma: 0.5'.")
+    steps: int | None = Field(None, description="Steps of method icbs, short for --icbs 'steps: N'.")
     calibration: str | None = Field(
         None,
         description="c4, wikitext2, a Hub dataset, a .txt/.jsonl/.parquet/.arrow file or folder, self, or random.",
@@ -72,8 +108,28 @@ class Recipe(BaseModel):
     output: Path | None = Field(None, description="Directory to write; default: MODEL-METHOD-SPARSITY here.")
     overwrite: bool = Field(False, description="Start afresh, replacing a model that is already there.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, data: dict[str, object]) -> dict[str, object]:
+        implied = dict(IMPLIED.get(str(data.get("method")), {}))
+        if ":" in str(data.get("pattern")):  # every block of N:M loses the same
+            implied.pop("allocation", None)
+        data = {**implied, **data}
+        used = {"dsnot": data.get("refine") == "dsnot", "icbs": data.get("method") == "icbs"}
+        for name, own in used.items():
+            given = data.get(name)
+            if isinstance(given, str):
+                given = _flow_mapping(name, given)
+            if own and (given is None or isinstance(given, dict)):
+                paper = PAPER[name] if data.get("preset") == "paper" else {}
+                steps = {"steps": data["steps"]} if name == "icbs" and data.get("steps") is not None else {}
+                given = {**paper, **(given or {}), **steps}
+            data[name] = given
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_parts()
         nm = parse_nm(self.pattern)
         if self.sparsity is not None:
             if not 0 <= self.sparsity < 1:
@@ -83,12 +139,52 @@ class Recipe(BaseModel):
                     f"Pattern {self.pattern} removes {_removed(nm):g} of the weights, which contradicts sparsity "
                     f"{self.sparsity}: leave --sparsity out or make them agree."
                 )
+        if nm and self.allocation != "uniform":
+            raise LLMPruneError(
+                f"--allocation {self.allocation} has no meaning with pattern {self.pattern}, which removes the same share "
+                "everywhere: leave --allocation out."
+            )
         if nm and self.group:
             raise LLMPruneError(
                 f"--group {self.group} has no meaning with pattern {self.pattern}: weights compete within groups of "
                 f"{nm[1]} only; leave --group out."
             )
         return self
+
+    def _check_parts(self) -> None:
+        """Raise `LLMPruneError` where refinement and reconstruction contradict each other or the rest."""
+        if self.rounds and self.reconstruct != "lstsq":
+            raise LLMPruneError(
+                f"--rounds {self.rounds} belongs to least squares, but --reconstruct is {self.reconstruct}: give --reconstruct "
+                "lstsq or leave --rounds out."
+            )
+        if self.match == "dense":
+            if self.reconstruct != "lstsq":
+                raise LLMPruneError(
+                    f"--match dense is what least squares can fit, but --reconstruct is {self.reconstruct}: give --reconstruct "
+                    "lstsq or leave --match out."
+                )
+            if self.sequential != "sublayer" or self.propagate != "pruned":
+                raise LLMPruneError(
+                    f"--match dense compares the two models linear by linear, which --sequential {self.sequential} --propagate "
+                    f"{self.propagate} does not: give --sequential sublayer --propagate pruned."
+                )
+        if self.method == "icbs" and self.reconstruct != "none":
+            raise LLMPruneError(
+                f"--reconstruct {self.reconstruct} fits weights block by block, where --method icbs swaps them by the whole "
+                "model's loss: leave --reconstruct out, or give --refine icbs without --method icbs."
+            )
+        if self.target == 0 and self.refine != "none":
+            raise LLMPruneError(f"With --sparsity 0 --refine {self.refine} has no mask to refine: give a sparsity above 0.")
+        for name, used in (("dsnot", self.refine == "dsnot"), ("icbs", self.method == "icbs")):
+            if getattr(self, name) is not None and not used:
+                wanted = "--refine dsnot or --method dsnot" if name == "dsnot" else "--method icbs"
+                raise LLMPruneError(
+                    f"--{name} has no effect with --method {self.method} --refine {self.refine}: give {wanted}."
+                )
+        for flag, value in (("steps", self.steps), ("preset", self.preset)):
+            if value is not None and not (self.method == "icbs" or (flag == "preset" and self.refine == "dsnot")):
+                raise LLMPruneError(f"--{flag} {value} has no effect with --method {self.method}: leave it out.")
 
     @property
     def target(self) -> float:
@@ -97,16 +193,36 @@ class Recipe(BaseModel):
             return _removed(nm)
         return 0.5 if self.sparsity is None else self.sparsity
 
-    def competition(self, *, default: Group) -> Pattern:
-        """The pattern that decides which scores are compared; `default` is the method's own group."""
+    def competition(self, *, default: Group, sparsity: float | None = None) -> Pattern:
+        """The pattern that decides which scores are compared.
+
+        Args:
+            default: the method's own group.
+            sparsity: where it is not the recipe's.
+        """
         from .patterns import NM, Unstructured
 
         nm = parse_nm(self.pattern)
-        return NM(*nm) if nm else Unstructured(self.target, self.group or default)
+        return NM(*nm) if nm else Unstructured(self.target if sparsity is None else sparsity, self.group or default)
 
     def to_yaml(self) -> str:
         """The options that were given or settled on, as YAML that `from_file` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _flow_mapping(name: str, text: str) -> object:
+    """`"cycles: 10, accept: always"` as a dict.
+
+    Raises:
+        LLMPruneError: it is no such list.
+    """
+    try:
+        loaded = yaml.safe_load("{" + text + "}")
+    except yaml.YAMLError:
+        loaded = None
+    if not isinstance(loaded, dict) or None in loaded.values():
+        raise LLMPruneError(f"--{name} {text!r} is not a list of options: write 'name: value, name: value'.")
+    return loaded
 
 
 def _removed(nm: tuple[int, int]) -> float:
@@ -125,6 +241,14 @@ DECISIVE = (
     "dtype",
     "propagate",
     "sequential",
+    "allocation",
+    "refine",
+    "reconstruct",
+    "rounds",
+    "match",
+    "damping",
+    "dsnot",
+    "icbs",
 )
 
 

@@ -11,6 +11,8 @@ from .errors import LLMPruneError
 from .methods import Method
 from .models import Skeleton
 from .recipe import Recipe
+from .refinement import observed
+from .statistics import SplitHessian
 
 # The papers' calibration set, used where a GPU makes it cheap.
 PAPER_SAMPLES, PAPER_SEQLEN = 128, 2048
@@ -19,6 +21,9 @@ PAPER_SAMPLES, PAPER_SEQLEN = 128, 2048
 CPU_SECONDS, CPU_FLOPS = 120, 50e9
 CPU_SEQLEN = 512
 MIN_SAMPLES = 8
+
+# With fewer calibration tokens for each input of a linear, what is fitted to them is damped more.
+TOKENS_PER_INPUT = 4
 
 # Options that only a method that observes activations has a use for.
 CALIBRATION_ONLY = ("calibration", "samples", "micro_batch", "offload_activations")
@@ -67,7 +72,7 @@ def ignored(recipe: Recipe, method: Method) -> list[str]:
     """One warning for each option that was given and has no effect here."""
     given = recipe.model_fields_set
     warnings = []
-    if method.STATISTIC is None:
+    if observed(method.STATISTIC, recipe) is None:
         flags = [f"--{key.replace('_', '-')}" for key in (*CALIBRATION_ONLY, *DEFAULT_ORDER) if key in given]
         if flags:
             warnings.append(f"{recipe.method} looks at no data, so {', '.join(flags)} had no effect")
@@ -96,7 +101,13 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
     limit = skeleton.max_tokens
     if recipe.seqlen and limit and recipe.seqlen > limit:
         raise LLMPruneError(f"--seqlen {recipe.seqlen} is beyond the {limit} tokens this model takes: use at most {limit}.")
-    if method.STATISTIC is None:
+    statistic = observed(method.STATISTIC, recipe)
+    if statistic is None and recipe.allocation != "uniform":
+        raise LLMPruneError(
+            f"--allocation {recipe.allocation} looks at activations, and --method {recipe.method} at none: take another "
+            "method, or leave --allocation out."
+        )
+    if statistic is None:
         return recipe.model_copy(update=values | dict.fromkeys(CALIBRATION_ONLY) | DEFAULT_ORDER), reasons
 
     on_gpu = skeleton.device.type == "cuda"
@@ -129,4 +140,9 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
             choose("calibration", "self", "the Hub cannot be reached, so the model writes its own text")
     if recipe.propagate == "dense":
         values["sequential"] = "block"
+    if issubclass(statistic, SplitHessian):
+        widest = max(linear.shape[1] for linear in skeleton.all_linears())
+        fitted = (recipe.samples or samples) * seqlen / widest
+        few = fitted < TOKENS_PER_INPUT
+        choose("damping", 0.3 if few else 0.1, f"{fitted:.0f} tokens per input of the widest linear{', few' if few else ''}")
     return recipe.model_copy(update=values), reasons

@@ -32,12 +32,10 @@ def outlier_ratio(score_OI: Tensor, multiple: float = 5.0) -> float:
 class Statistic(Protocol):
     """A sum over calibration tokens of something computed from a linear's input."""
 
-    tokens: int
-
     def __init__(self, features: int, device: torch.device) -> None: ...
 
-    def update(self, inputs_BTI: Tensor) -> None:
-        """Add samples: any float dtype [samples, tokens, features]."""
+    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
+        """Add samples: any float dtype [samples, tokens, features]; the calibration set's from number `first` on."""
 
     def merge(self, other: Self) -> None:
         """Add what `other` has seen."""
@@ -53,7 +51,27 @@ class Statistic(Protocol):
         """Bytes one statistic takes."""
 
 
-class InputNorm:
+class _Sums:
+    """Statistics are sums, and so is the number of tokens they were taken over."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def sums(self) -> list[Tensor]:
+        return [self.tokens]
+
+    def merge(self, other: Self) -> None:
+        for own, theirs in zip(self.sums(), other.sums(), strict=True):
+            own += theirs
+
+    def is_finite(self) -> bool:
+        return all(all_finite(total) for total in self.sums())
+
+    def _count(self, inputs_BTI: Tensor) -> None:
+        self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
+
+
+class InputNorm(_Sums):
     """Sum of squares of every input feature over all tokens (Wanda's ||X_j||, section 3).
 
     Exactness: a sample's partial sum is rounded to 24 bits. Sums of such numbers
@@ -63,10 +81,10 @@ class InputNorm:
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
         self.squares_I = torch.zeros(features, dtype=torch.float64, device=device)
-        self.tokens = 0
 
-    def update(self, inputs_BTI: Tensor) -> None:
+    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
         # Sample by sample, because the order in which a sum is taken depends on the shape it is part of. float16 squares
         # overflow beyond 255, so square in float32. A few tokens at a time stay in the cache, and are few enough to be added
         # in float32, several times faster than everything in float64.
@@ -75,29 +93,56 @@ class InputNorm:
             for part_PI in inputs_TI.split(128):
                 sample_I += part_PI.float().square().sum(dim=0)
             self.squares_I += sample_I.float()
-        self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
-
-    def merge(self, other: InputNorm) -> None:
-        self.squares_I += other.squares_I
-        self.tokens += other.tokens
+        self._count(inputs_BTI)
 
     def sums(self) -> list[Tensor]:
-        return [self.squares_I]
-
-    def is_finite(self) -> bool:
-        return all_finite(self.squares_I)
+        return [*super().sums(), self.squares_I]
 
     @property
     def rms_I(self) -> Tensor:
         """Root mean square of every feature, float32 [I]: ||X_j||_2 / sqrt(tokens)."""
-        return (self.squares_I / max(self.tokens, 1)).sqrt().float()
+        return (self.squares_I / self.tokens.clamp_min(1)).sqrt().float()
 
     @staticmethod
     def size(features: int) -> int:
         return 8 * features
 
 
-class Hessian:
+class Moments(InputNorm):
+    """Mean and variance of every input feature over all tokens (DSnoT, arXiv 2310.08915, section 3), exact likewise.
+
+    The published code averages the variances within samples and so forgets what differs between them.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.totals_I = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
+        super().update(inputs_BTI)
+        for inputs_TI in inputs_BTI:
+            self.totals_I += inputs_TI.double().sum(dim=0).float()
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self.totals_I]
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Float32 [I]."""
+        return (self.totals_I / self.tokens.clamp_min(1)).float()
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Float32 [I], biased."""
+        tokens = self.tokens.clamp_min(1)
+        return (self.squares_I / tokens - (self.totals_I / tokens).square()).clamp_min(0).float()
+
+    @staticmethod
+    def size(features: int) -> int:
+        return 16 * features
+
+
+class Hessian(_Sums):
     """Sum of outer products X^T X, float32 [I, I] (SparseGPT section 3.1: H = X X^T up to a factor).
 
     Only the blocks on and above the diagonal are accumulated: H is symmetric, and these products cost as
@@ -107,32 +152,115 @@ class Hessian:
     PANEL = 256
 
     def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
         self.upper_II = torch.zeros(features, features, device=device)
-        self.tokens = 0
 
-    def update(self, inputs_BTI: Tensor) -> None:
+    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
         for inputs_TI in inputs_BTI.float():
             for start in range(0, inputs_TI.shape[1], self.PANEL):
                 stop = start + self.PANEL
                 self.upper_II[start:stop, start:].addmm_(inputs_TI[:, start:stop].T, inputs_TI[:, start:])
-        self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
-
-    def merge(self, other: Hessian) -> None:
-        self.upper_II += other.upper_II
-        self.tokens += other.tokens
+        self._count(inputs_BTI)
 
     def sums(self) -> list[Tensor]:
-        return [self.upper_II]
-
-    def is_finite(self) -> bool:
-        return all_finite(self.upper_II)
+        return [*super().sums(), self.upper_II]
 
     @property
     def mean_II(self) -> Tensor:
         """X^T X / tokens, symmetric float32 [I, I]."""
         upper_II = self.upper_II.triu()
-        return (upper_II + upper_II.triu(1).T) / max(self.tokens, 1)
+        return (upper_II + upper_II.triu(1).T) / self.tokens.clamp_min(1)
+
+    @property
+    def rms_I(self) -> Tensor:
+        """Root mean square of every feature, float32 [I]."""
+        return (self.upper_II.diagonal() / self.tokens.clamp_min(1)).sqrt()
 
     @staticmethod
     def size(features: int) -> int:
         return 4 * features * features
+
+
+class SplitHessian(Hessian):
+    """The Hessian and the mean of what fits are made on, and the Hessian of the samples that are held out of them.
+
+    A mask that is fitted to few tokens looks better on them than it is (on two tokens per feature, it can be worse on others
+    than the mask it started from), so the error that counts is taken from `fresh`.
+    """
+
+    # One of so many samples is held out, the last of each such number.
+    EVERY = 8
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.totals_I = torch.zeros(features, dtype=torch.float64, device=device)
+        self.fresh = Hessian(features, device)
+
+    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
+        for sample, inputs_TI in enumerate(inputs_BTI, start=first):
+            if self.holds_out(sample):
+                self.fresh.update(inputs_TI[None])
+            else:
+                super().update(inputs_TI[None])
+                self.totals_I += inputs_TI.sum(dim=0, dtype=torch.float64)
+
+    def holds_out(self, sample: int) -> bool:
+        """Whether a calibration sample is kept from the fit."""
+        return sample % self.EVERY == self.EVERY - 1
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self.totals_I, *self.fresh.sums()]
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Float32 [I]."""
+        return (self.totals_I / self.tokens.clamp_min(1)).float()
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Float32 [I], biased."""
+        return (self.rms_I.square() - self.mean_I.square()).clamp_min(0)
+
+    @staticmethod
+    def size(features: int) -> int:
+        return 2 * Hessian.size(features)
+
+
+class CrossHessian(SplitHessian):
+    """Also what the dense model's inputs X' have in common with the pruned model's X, on the samples of the fit: X'^T X.
+
+    For a linear whose output is added to the residual stream, also G^T X, with G [tokens, O] what the stream has lost so far.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.products_II = torch.zeros(features, features, device=device)
+        self.gaps_OI: Tensor | None = None
+
+    def update_pair(self, inputs_BTI: Tensor, dense_BTI: Tensor, first: int, gap_BTO: Tensor | None) -> None:
+        """Like `update`, with the dense model's inputs, and what the residual stream has lost where that matters."""
+        self.update(inputs_BTI, first)
+        if gap_BTO is not None and self.gaps_OI is None:
+            self.gaps_OI = torch.zeros(gap_BTO.shape[-1], inputs_BTI.shape[-1], device=inputs_BTI.device)
+        for i, inputs_TI in enumerate(inputs_BTI.float()):
+            if not self.holds_out(first + i):
+                self.products_II.addmm_(dense_BTI[i].float().T, inputs_TI)
+                if gap_BTO is not None and self.gaps_OI is not None:
+                    self.gaps_OI.addmm_(gap_BTO[i].float().T, inputs_TI)
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self.products_II, *([] if self.gaps_OI is None else [self.gaps_OI])]
+
+    def missing_OI(self, weight_OI: Tensor) -> Tensor:
+        """(Y - X W^T)^T X / tokens, float32 [O, I].
+
+        Y is what the dense model has in this place, with what the stream has lost added.
+        """
+        products_OI = weight_OI @ (self.products_II / self.tokens.clamp_min(1) - self.mean_II)
+        if self.gaps_OI is not None:
+            products_OI += self.gaps_OI / self.tokens.clamp_min(1)
+        return products_OI
+
+    @staticmethod
+    def size(features: int) -> int:
+        return 3 * Hessian.size(features)

@@ -40,7 +40,7 @@ from .errors import LLMPruneError
 from .models import Linear, Skeleton
 from .output import Output
 from .ranks import Ranks
-from .statistics import Statistic, all_finite
+from .statistics import CrossHessian, Statistic, all_finite
 
 S = TypeVar("S", bound=Statistic)
 Propagate = Literal["pruned", "dense"]
@@ -156,6 +156,10 @@ class Stream:
         advance_progress: called once per finished block with its name.
         ranks: the other processes of the run.
         keep_last: run the samples through the last block, too, whose output pruning does not need.
+        match_dense: see the module's docstring.
+        compare_ends: measure each block's influence, which runs with an output do for the record.
+        sparsities: of every block, where they are not all the recipe's.
+        first_sample: how many samples of the calibration set come before this rank's.
     """
 
     def __init__(
@@ -171,6 +175,10 @@ class Stream:
         advance_progress: Callable[[str], None] = lambda name: None,
         ranks: Ranks | None = None,
         keep_last: bool = False,
+        match_dense: bool = False,
+        compare_ends: bool = False,
+        sparsities: list[float] | None = None,
+        first_sample: int = 0,
     ) -> None:
         self.skeleton = skeleton
         self.ids_NT = ids_NT
@@ -179,10 +187,16 @@ class Stream:
         self.advance_progress = advance_progress
         self.ranks = ranks or Ranks()
         self.keep_last = keep_last
+        self.match_dense = match_dense
+        self.compare_ends = compare_ends or output is not None
+        self.sparsities = sparsities
+        self.first_sample = first_sample
         self.clock = Clock()
         self.replay = Replay()
         self.batches: list[slice] = []
         self.activations: Activations | None = None
+        # What the dense model has in the same place, where the two are matched.
+        self.dense_activations: Activations | None = None
         self._writing: Future[None] | None = None
         # Sum over tokens of the cosine similarity of the latest block's input and output, and how many tokens.
         self.similarity = torch.zeros(2, dtype=torch.float64)
@@ -209,6 +223,8 @@ class Stream:
             self.replay.record(batch, block, args, kwargs)
             if block == 0:
                 self._store(batch, hidden_states)
+                if self.dense_activations:
+                    self.dense_activations[self.batches[batch]] = hidden_states
             if block == last:
                 raise _Stop
             return hidden_states
@@ -247,6 +263,8 @@ class Stream:
             assert self.ids_NT is not None
             shape = (*self.ids_NT.shape, hidden_BTI.shape[-1])
             self.activations = Activations(shape, hidden_BTI.dtype, self._offload)
+            if self.match_dense:
+                self.dense_activations = Activations(shape, hidden_BTI.dtype, self._offload)
         self.activations[self.batches[batch]] = hidden_BTI
 
     def hidden(self, batch: int) -> Tensor:
@@ -256,8 +274,23 @@ class Stream:
 
     def forward(self, block: int, batch: int) -> Tensor:
         """A block's output for a micro-batch, [samples, tokens, features]."""
+        return self._run(block, batch, self.hidden(batch))
+
+    def gap(self, part: slice) -> Tensor:
+        """How far a micro-batch of the pruned model is from the dense model, at a block's input."""
+        assert self.activations is not None
+        assert self.dense_activations is not None
+        return (self.dense_activations[part] - self.activations[part]).to(self.skeleton.device)
+
+    def forward_dense(self, block: int, batch: int) -> None:
+        """Take a micro-batch of the dense model through a block that is dense, if only until the forward gets there."""
+        assert self.dense_activations is not None
+        part = self.batches[batch]
+        self.dense_activations[part] = self._run(block, batch, self.dense_activations[part].to(self.skeleton.device))
+
+    def _run(self, block: int, batch: int, hidden_BTI: Tensor) -> Tensor:
         args, kwargs = self.replay.calls[batch, block]
-        output = self.skeleton.blocks[block](self.hidden(batch), *args, **kwargs)
+        output = self.skeleton.blocks[block](hidden_BTI, *args, **kwargs)
         # Older architectures return a tuple. A tensor must not be indexed: [0] would keep one sample only.
         return output[0] if isinstance(output, tuple) else output
 
@@ -268,7 +301,7 @@ class Stream:
                 f"Block {block} produced NaN or infinite activations in {self.skeleton.dtype}: check the weights, or "
                 "compute in a wider type with --dtype float32."
             )
-        if self.output:  # for the record; who only looks has none
+        if self.compare_ends:
             cosine_BT = cosine_similarity(self.hidden(batch).float(), output_BTI.float(), dim=-1)
             self.similarity += torch.tensor([float(cosine_BT.double().sum()), cosine_BT.numel()])
         self._store(batch, output_BTI)
@@ -293,6 +326,8 @@ class Stream:
                     stored = reading.result()
                 if index + 1 < count:
                     reading = reader.submit(self._read_block, index + 1, finished)
+                if index < finished and self.match_dense:
+                    self._advance_dense(index)
                 self.skeleton.fill_block(index, stored)
                 self.similarity.zero_()
                 block = Block(self, index)
@@ -308,6 +343,14 @@ class Stream:
                 del stored, block
                 _return_free_memory()
             self.finish_writing()
+
+    def _advance_dense(self, index: int) -> None:
+        """Replay a finished block as it was before it was pruned."""
+        self.skeleton.fill_block(index, self._read_block(index, finished=0))
+        with self.clock.measure("advance"):
+            for batch in range(len(self.batches)):
+                self.forward_dense(index, batch)
+        self.skeleton.empty_block(index)
 
     def finish_writing(self) -> None:
         """Wait until what is being written is on the disk and its memory free.
@@ -380,7 +423,7 @@ class Block:
         statistics: dict[Linear, S] = {}
         latest: Tensor | None = None
         owner: Linear | None = None
-        samples = 1
+        samples, first = 1, 0
 
         def see(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal latest, owner
@@ -391,14 +434,14 @@ class Block:
                 latest, owner = inputs, linear
                 if linear not in statistics:
                     statistics[linear] = kind(inputs.shape[-1], inputs.device)
-                statistics[linear].update(inputs.reshape(samples, -1, inputs.shape[-1]))
+                statistics[linear].update(inputs.reshape(samples, -1, inputs.shape[-1]), first)
             if linear.role == stream.last_role and not self._needs_dense_output:
                 raise _Stop
 
         handles = [linear.module.register_forward_pre_hook(partial(see, linear)) for linear in self.linears]
         try:
             for batch, part in enumerate(stream.batches):
-                samples = part.stop - part.start
+                samples, first = part.stop - part.start, stream.first_sample + part.start
                 try:
                     output = stream.forward(self.index, batch)
                 except _Stop:
@@ -418,7 +461,11 @@ class Block:
         yield from statistics.items()
 
     def _observe_one_pass(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
-        """Like `_observe`, but each linear is yielded as soon as all samples have reached it."""
+        """Like `_observe`, but each linear is yielded as soon as all samples have reached it.
+
+        Where the dense model is matched, its micro-batches wait for the pruned model's at the same input; before the linears
+        that read it are pruned, they go ahead to the next.
+        """
         stream = self.stream
         hub = getcurrent()
         order = {linear: position for position, linear in enumerate(self.linears)}
@@ -430,10 +477,13 @@ class Block:
             if inputs is not worker.inputs:
                 assert linear.role not in stream.leaders, f"{linear.name} does not read what its like in block 0 read"
                 worker.inputs, worker.leader = inputs, linear
-                if linear not in statistics:
-                    statistics[linear] = kind(inputs.shape[-1], inputs.device)
-                statistics[linear].update(inputs.reshape(worker.samples, -1, inputs.shape[-1]))
+                if worker.ahead is not None or not stream.match_dense:
+                    if linear not in statistics:
+                        statistics[linear] = kind(inputs.shape[-1], inputs.device)
+                    self._see(statistics[linear], worker)
                 hub.switch(linear)
+            elif worker.is_dense:
+                return
             elif linear.role not in stream.leaders:  # the first block: who reads whose input is not known yet
                 leaders[linear.role] = worker.leader.role
                 statistics[linear] = statistics[worker.leader]
@@ -441,25 +491,43 @@ class Block:
             if self._advanced and linear.role == stream.last_role:
                 raise _Stop
 
+        def write(linear: Linear, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            getcurrent().written += output
+
         def run(batch: int) -> None:
-            try:
+            with suppress(_Stop):
+                if getcurrent().is_dense:
+                    stream.forward_dense(self.index, batch)
+                    return
                 output = stream.forward(self.index, batch)
-            except _Stop:
-                return
-            if not self._advanced:
-                stream.finish_forward(self.index, batch, output)
+                if not self._advanced:
+                    stream.finish_forward(self.index, batch, output)
+
+        def begin(batch: int, ahead: greenlet | None, *, is_dense: bool) -> greenlet:
+            worker = greenlet(run, hub)
+            worker.part, worker.inputs, worker.leader = stream.batches[batch], None, None
+            worker.ahead, worker.is_dense, worker.written = ahead, is_dense, 0.0
+            return worker
 
         handles = [linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in self.linears]
+        if stream.match_dense:
+            writers = [linear for linear in self.linears if linear.role in stream.skeleton.writers]
+            handles += [linear.module.register_forward_hook(partial(write, linear)) for linear in writers]
         try:
-            workers = [greenlet(run, hub) for _ in stream.batches]
+            batches = range(len(stream.batches))
+            dense = [begin(batch, None, is_dense=True) for batch in batches if stream.match_dense]
+            for batch, worker in enumerate(dense):
+                worker.switch(batch)
+            workers = [begin(batch, dense[batch] if dense else None, is_dense=False) for batch in batches]
             waiting: dict[int, Linear] = {}
-            for batch, part in enumerate(stream.batches):
-                workers[batch].inputs, workers[batch].samples = None, part.stop - part.start
-                if arrived := workers[batch].switch(batch):
+            for batch, worker in enumerate(workers):
+                if arrived := worker.switch(batch):
                     waiting[batch] = arrived
             while waiting:
                 linear = min(waiting.values(), key=order.__getitem__)
                 if linear.role not in leaders:
+                    for worker in dense:
+                        worker.switch()
                     stream.ranks.add(statistics[linear])
                 yield linear, statistics[linear]
                 # Those that read the same tensor are decided, too, so that a sample runs through all of them at once.
@@ -477,7 +545,25 @@ class Block:
             for handle in handles:
                 handle.remove()
         self._advanced = True
-        stream.clock.forwards += 1
+        stream.clock.forwards += 2 if stream.match_dense else 1
+
+    def _see(self, statistic: Statistic, worker: greenlet) -> None:
+        """Show a statistic what a micro-batch brings to a linear, and what the dense model's has there, where it is matched."""
+        stream, part = self.stream, worker.part
+
+        def samples(states: Tensor) -> Tensor:
+            return states.reshape(part.stop - part.start, -1, states.shape[-1])
+
+        first = stream.first_sample + part.start
+        if worker.ahead is None:
+            statistic.update(samples(worker.inputs), first)
+            return
+        assert isinstance(statistic, CrossHessian)
+        assert worker.ahead.leader is worker.leader, "the dense and the pruned model run through a block in one order"
+        gap = None
+        if worker.leader.role in stream.skeleton.writers:
+            gap = stream.gap(part) + (worker.ahead.written - worker.written)
+        statistic.update_pair(samples(worker.inputs), samples(worker.ahead.inputs), first, gap)
 
     def _check(self, linear: Linear, statistic: Statistic) -> None:
         if not statistic.is_finite():
@@ -496,13 +582,22 @@ class Block:
         self._advanced = True
         self.stream.clock.forwards += 1
 
-    def facts(self) -> dict[str, object]:
-        """What became of the block and its linears, for the record.
+    @property
+    def sparsity(self) -> float | None:
+        """The share of weights that this block loses, where it is not the recipe's."""
+        return self.stream.sparsities[self.index] if self.stream.sparsities else None
 
-        `influence` is 1 - the mean cosine similarity of the block's input and output (ShortGPT, arXiv 2403.03853, equation 1),
-        over the samples of this rank; None for a block whose output nobody needed.
+    @property
+    def influence(self) -> float | None:
+        """1 - the mean cosine similarity of the block's input and output (ShortGPT, arXiv 2403.03853, equation 1).
+
+        Over the samples of this rank; None for a block whose output nobody needed.
         """
         cosines, tokens = self.stream.similarity.tolist()
+        return 1 - cosines / tokens if tokens else None
+
+    def facts(self) -> dict[str, object]:
+        """What became of the block and its linears, for the record."""
         linears = {
             linear.name: {
                 "role": linear.role,
@@ -514,4 +609,5 @@ class Block:
             }
             for linear in self.linears
         }
-        return {"influence": 1 - cosines / tokens if tokens else None, "linears": linears}
+        allotted = {} if self.sparsity is None else {"sparsity": self.sparsity}
+        return {"influence": self.influence, **allotted, "linears": linears}

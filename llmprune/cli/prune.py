@@ -46,7 +46,7 @@ def command(
         again = shlex.join([arg for arg in sys.argv[1:] if arg != "--overwrite"])
         if main:
             print(
-                f"\nInterrupted: the block in work was dropped, finished blocks are kept. To go on: llmprune {again}",
+                f"\nInterrupted: finished work is kept, what was in the making was dropped. To go on: llmprune {again}",
                 file=sys.stderr,
             )
         raise typer.Exit(130) from None

@@ -7,14 +7,21 @@ many (an inclusive threshold at index k); here exactly floor(size * sparsity) go
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from ..models import Linear
 from ..recipe import Recipe
+from ..refinement import prune_linears
+from ..statistics import Statistic
 from ..stream import Stream
 
 STATISTIC = None
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
-    pattern = recipe.competition(default="layer")
-    for block in stream.blocks():
-        for linear in block.linears:
-            linear.keep(pattern.keep(linear.weight_OI.abs()))
+    prune_linears(stream, recipe, STATISTIC, group="layer", score=score)
+
+
+def score(linear: Linear, inputs: Statistic | None) -> Tensor:
+    """|W_ij|, float32 [O, I]."""
+    return linear.weight_OI.abs()

@@ -7,20 +7,26 @@ linears are visited or on where a run was resumed.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from ..models import Linear
 from ..recipe import Recipe
+from ..refinement import prune_linears
+from ..statistics import Statistic
 from ..stream import Stream
 
 STATISTIC = None
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
-    pattern = recipe.competition(default="row")
-    for block in stream.blocks():
-        for linear in block.linears:
-            digest = hashlib.sha256(f"{recipe.seed}:{linear.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            score_OI = torch.rand(linear.shape, generator=generator)
-            linear.keep(pattern.keep(score_OI).to(linear.parameter.device))
+    prune_linears(stream, recipe, STATISTIC, group="row", score=partial(score, recipe.seed))
+
+
+def score(seed: int, linear: Linear, inputs: Statistic | None) -> Tensor:
+    """Uniform in [0, 1), float32 [O, I]."""
+    digest = hashlib.sha256(f"{seed}:{linear.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(linear.shape, generator=generator).to(linear.parameter.device)

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import LLMPruneError
 from ..patterns import NM, Pattern
 from ..recipe import Recipe
-from ..statistics import Hessian
+from ..refinement import finish, observed
+from ..statistics import Hessian, Statistic
 from ..stream import Stream
 
 STATISTIC = Hessian
@@ -34,13 +35,21 @@ COLUMNS, STRIP = 128, 16
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
-    pattern = recipe.competition(default="layer")
+    plain = recipe.refine == "none" and recipe.reconstruct == "sparsegpt"
+    kind = observed(Hessian, recipe)
+    assert kind
     for block in stream.blocks():
-        seen: Hessian | None = None
-        for linear, hessian in block.observe(Hessian):
+        pattern = recipe.competition(default="layer", sparsity=block.sparsity)
+        seen: Statistic | None = None
+        for linear, hessian in block.observe(kind):
+            assert isinstance(hessian, Hessian)
             if hessian is not seen:
                 factor_II, seen = inverse_factor(hessian.mean_II), hessian
-            linear.replace(solve(linear.weight_OI, factor_II, pattern))
+            weight_OI = solve(linear.weight_OI, factor_II, pattern)
+            if plain:
+                linear.replace(weight_OI)
+            else:  # only the mask is SparseGPT's
+                finish(linear, weight_OI != 0, weight_OI.abs() * hessian.rms_I, hessian, pattern, recipe)
 
 
 def inverse_factor(hessian_II: Tensor) -> Tensor:
@@ -69,8 +78,17 @@ def inverse_factor(hessian_II: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1).float()
 
 
-def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern) -> Tensor:
-    """Prune one matrix and update what stays: algorithm 1. Returns new weights, float32 [O, I]."""
+def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern | Tensor) -> Tensor:
+    """Prune one matrix and update what stays: algorithm 1.
+
+    Args:
+        weight_OI: float32.
+        factor_II: `inverse_factor`.
+        pattern: what the mask obeys, or the keep mask itself, bool [O, I].
+
+    Returns:
+        New weights, float32 [O, I].
+    """
     # Columns are visited one by one, so they are laid out as rows.
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     error_IO = torch.empty_like(weight_IO)
@@ -80,7 +98,9 @@ def solve(weight_OI: Tensor, factor_II: Tensor, pattern: Pattern) -> Tensor:
     diagonal_I1 = factor_II.diagonal()[:, None]
     for start in range(0, len(weight_IO), columns):
         stop = min(start + columns, len(weight_IO))
-        if not nm:
+        if isinstance(pattern, Tensor):
+            drop_CO = ~pattern.T[start:stop]
+        elif not isinstance(pattern, NM):
             drop_CO = ~pattern.keep((weight_IO[start:stop] / diagonal_I1[start:stop]).square().T).T.contiguous()
         for left in range(start, stop, strip):
             right = min(left + strip, stop)

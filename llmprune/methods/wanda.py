@@ -11,18 +11,24 @@ keeps the score in the weight's own units.
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from ..models import Linear
 from ..recipe import Recipe
-from ..statistics import InputNorm, outlier_ratio
+from ..refinement import prune_linears
+from ..statistics import Hessian, InputNorm, Statistic, outlier_ratio
 from ..stream import Stream
 
 STATISTIC = InputNorm
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
-    pattern = recipe.competition(default="row")
-    for block in stream.blocks():
-        for linear, norm in block.observe(InputNorm):
-            score_OI = linear.weight_OI.abs() * norm.rms_I
-            linear.keep(pattern.keep(score_OI))
-            linear.facts["outlier_ratio"] = outlier_ratio(score_OI)
-            del score_OI  # before the next matrix's scores are made
+    prune_linears(stream, recipe, STATISTIC, group="row", score=score)
+
+
+def score(linear: Linear, inputs: Statistic | None) -> Tensor:
+    """|W_ij| ||X_j||, float32 [O, I], per square root of a token."""
+    assert isinstance(inputs, InputNorm | Hessian)
+    score_OI = linear.weight_OI.abs() * inputs.rms_I
+    linear.facts["outlier_ratio"] = outlier_ratio(score_OI)
+    return score_OI

@@ -1,0 +1,82 @@
+"""The layer-wise half of iCBS: swap kept and removed weights of a row while that lowers its reconstruction error.
+
+Removing the weights R of a row w changes its output on the inputs X by X_R w_R, so the row loses E = d H d^T with H = X^T X and
+d the removed weights. It is the quadratic that iCBS (arXiv 2411.17796) takes of the loss, here of a layer's own and exact; the
+rows of a matrix share H and are independent. With c = d H, removing weight j (s_j = +1) or putting it back (s_j = -1) changes E
+by
+
+    f_j = 2 s_j w_j c_j + w_j^2 H_jj,        and both by        f_i + f_j - 2 w_i w_j H_ij
+
+for a removed i and a kept j. Each round makes in every row the swap of the removed i with the least f and the kept j that goes
+with it best, until no such swap lowers the row's error. (SparseSwaps, arXiv 2512.10922, is built on the same swaps.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .patterns import NM, Pattern
+
+# Weights worked on at a time: few enough that their working copies stay in the cache.
+CHUNK = 1 << 16
+# Of a row's energy w^2 diag(H): a gain below it is rounding.
+LEAST_GAIN = 1e-6
+
+
+def swap(weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, pattern: Pattern) -> Tensor:
+    """Improve a mask by swaps within rows, or within the groups of N:M.
+
+    Args:
+        weight_OI: the dense weights, float32.
+        keep_OI: the mask to start from, left as it is. Rows may differ in how many weights they keep.
+        hessian_II: of the inputs, damped (`reconstruction.damped`): on few tokens the undamped error misleads.
+        pattern: what the mask obeys.
+
+    Returns:
+        A keep mask, bool [O, I], with as many weights in every row, or in every group of N:M, as `keep_OI`.
+    """
+    refined_OI = keep_OI.clone()
+    rows = max(CHUNK // keep_OI.shape[1], 1)
+    for weight_RI, keep_RI in zip(weight_OI.split(rows), refined_OI.split(rows), strict=True):
+        _swap(weight_RI, keep_RI, hessian_II, pattern)
+    return refined_OI
+
+
+def _swap(weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tensor, pattern: Pattern) -> None:
+    """Change `keep_RI` in place."""
+    cost_RI = weight_RI.square() * hessian_II.diagonal()
+    pull_RI = (weight_RI * ~keep_RI) @ hessian_II
+    # 2 s w, and w^2 H_jj where a weight is on the side in question, infinite where not.
+    sign_RI = torch.where(keep_RI, 2.0, -2.0) * weight_RI
+    back_RI, drop_RI = cost_RI.masked_fill(keep_RI, torch.inf), cost_RI.masked_fill(~keep_RI, torch.inf)
+    least_R = -LEAST_GAIN * cost_RI.sum(dim=1)
+    row_R = torch.arange(len(keep_RI), device=keep_RI.device)
+    group_I = torch.arange(keep_RI.shape[1], device=keep_RI.device) // pattern.m if isinstance(pattern, NM) else None
+    # Far more swaps than rows take; each lowers the error by a least gain, so they end by themselves.
+    for _ in range(2 * keep_RI.shape[1]):
+        force_RI = sign_RI * pull_RI
+        gain_R, i_R = (force_RI + back_RI).min(dim=1)
+        w_R1 = weight_RI.gather(1, i_R[:, None])
+        force_RI += drop_RI
+        force_RI.addcmul_(weight_RI, hessian_II[i_R].mul_(w_R1), value=-2)
+        if group_I is not None:
+            force_RI.masked_fill_(group_I != group_I[i_R][:, None], torch.inf)
+        loss_R, j_R = force_RI.min(dim=1)
+        better_R = gain_R + loss_R < least_R
+        if not better_R.all():
+            live_R = better_R.nonzero().squeeze(1)
+            if not live_R.numel():
+                return
+            weight_RI, cost_RI, pull_RI, sign_RI, back_RI, drop_RI, least_R, row_R, i_R, j_R, w_R1 = (
+                tensor[live_R]
+                for tensor in (weight_RI, cost_RI, pull_RI, sign_RI, back_RI, drop_RI, least_R, row_R, i_R, j_R, w_R1)
+            )
+        i_R1, j_R1 = i_R[:, None], j_R[:, None]
+        pull_RI -= hessian_II[i_R].mul_(w_R1)
+        pull_RI += hessian_II[j_R].mul_(weight_RI.gather(1, j_R1))
+        for at_R1, on_RI, off_RI, kept in ((i_R1, drop_RI, back_RI, True), (j_R1, back_RI, drop_RI, False)):
+            on_RI.scatter_(1, at_R1, cost_RI.gather(1, at_R1))
+            off_RI.scatter_(1, at_R1, torch.inf)
+            sign_RI.scatter_(1, at_R1, -sign_RI.gather(1, at_R1))
+            keep_RI[row_R, at_R1.squeeze(1)] = kept
