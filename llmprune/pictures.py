@@ -162,7 +162,7 @@ def _ticks(most: int, *, integer: bool = False) -> MaxNLocator:
 
 
 def _number(value: float, place: int = 0) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
 
 
 def pairs(rows: Sequence[tuple[str, float | None, float]]) -> Draw:
@@ -311,6 +311,85 @@ def per_block(series: Sequence[tuple[str, Sequence[float | None], float | None]]
             axes.set_xlim(-0.6, len(values) - 0.4)
         panels[-1].set_xlabel("block")
         panels[-1].xaxis.set_major_locator(_ticks(6 if width == NARROW else 12, integer=True))
+        return figure
+
+    return draw
+
+
+def before_after(panels: Sequence[tuple[str, Sequence[float], Sequence[float]]], names: tuple[str, str]) -> Draw:
+    """Two values over the blocks, one small panel with a scale of its own per (label, before, after). NaN leaves a gap."""
+
+    def draw(width: int) -> Figure:
+        columns = 4 if width == WIDE else 2
+        rows = math.ceil(len(panels) / columns)
+        figure = _figure(width, 140 * rows + 50)
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        looks = (("s", LIGHT["dense"], names[0]), ("o", LIGHT["blue"], names[1]))
+        for axes, (label, *values) in zip(grid.flat, panels, strict=False):
+            for (marker, colour, _), values_B in zip(looks, values, strict=True):
+                axes.plot(range(len(values_B)), values_B, color=colour, marker=marker, markersize=2.5, linewidth=1)
+            axes.set_title(label, loc="left", fontsize="medium")
+            axes.grid(axis="y")
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_locator(_ticks(3))
+            axes.yaxis.set_major_formatter(FuncFormatter(_number))
+            axes.xaxis.set_major_locator(_ticks(4, integer=True))
+        for place, axes in enumerate(grid.flat):
+            axes.set_visible(place < len(panels))
+            # The lowest of its column, which is not always in the last row.
+            if place < len(panels) <= place + columns:
+                axes.set_xlabel("block")
+                axes.tick_params(labelbottom=True)
+        _legend(figure, looks)
+        return figure
+
+    return draw
+
+
+OUTCOMES = {
+    "kept": ("o", LIGHT["blue"]),
+    "kept in part": ("^", LIGHT["green"]),
+    "undone": ("x", LIGHT["vermillion"]),
+    "nothing to swap": ("|", LIGHT["dense"]),
+}
+# Steps from which on there is no room to mark each.
+CROWD = 300
+
+
+def search(losses: Sequence[float], outcomes: Sequence[str | None], changes: Mapping[int, tuple[float, float]]) -> Draw:
+    """Loss over steps, with marks for what became of them, above the changes (predicted, true) of single steps.
+
+    Args:
+        outcomes: keys of `OUTCOMES`, or None where nothing was tried; as many as losses.
+        changes: by step; there need not be any.
+    """
+    seen = [name for name in OUTCOMES if name in outcomes] if len(losses) < CROWD else []
+
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 440 if changes else 270)
+        panels = figure.subplots(2 if changes else 1, 1, sharex=True, squeeze=False)[:, 0]
+        size = min(5.5, max(2.0, 0.5 * width / len(losses)))
+        panels[0].plot(losses, color=LIGHT["blue"], linewidth=1)
+        for name in seen:
+            marker, colour = OUTCOMES[name]
+            steps = [step for step, outcome in enumerate(outcomes) if outcome == name]
+            values = [losses[step] for step in steps]
+            panels[0].plot(steps, values, color=colour, marker=marker, markersize=size, linestyle="none")
+        panels[0].set_title("held-out loss", loc="left", fontsize="medium")
+        if changes:
+            panels[1].axhline(0, color=LIGHT["dense"], linewidth=1)
+            for side, (marker, colour) in enumerate((("D", LIGHT["orange"]), ("o", LIGHT["blue"]))):
+                values = [both[side] for both in changes.values()]
+                panels[1].plot(list(changes), values, color=colour, linewidth=1, marker=marker if seen else "", markersize=size)
+            panels[1].set_title("its change by the steps kept", loc="left", fontsize="medium")
+        for axes in panels:
+            axes.grid(axis="y")
+            axes.yaxis.set_major_locator(_ticks(5))
+            axes.yaxis.set_major_formatter(FuncFormatter(_number))
+        panels[-1].set_xlabel("step")
+        panels[-1].xaxis.set_major_locator(_ticks(6 if width == NARROW else 12, integer=True))
+        legend = [(*OUTCOMES[name], name) for name in seen]
+        _legend(figure, [*legend, ("D", LIGHT["orange"], "predicted")] if changes else legend)
         return figure
 
     return draw

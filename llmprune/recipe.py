@@ -153,6 +153,11 @@ class Recipe(BaseModel):
 
     def _check_parts(self) -> None:
         """Raise `LLMPruneError` where refinement and reconstruction contradict each other or the rest."""
+        if self.method == "best" and self.reconstruct != "lstsq":
+            raise LLMPruneError(
+                f"--method best fits least squares, which --reconstruct {self.reconstruct} takes from it: leave --reconstruct "
+                "out."
+            )
         if self.rounds and self.reconstruct != "lstsq":
             raise LLMPruneError(
                 f"--rounds {self.rounds} belongs to least squares, but --reconstruct is {self.reconstruct}: give --reconstruct "
@@ -165,8 +170,9 @@ class Recipe(BaseModel):
                     "lstsq or leave --match out."
                 )
             if self.sequential != "sublayer" or self.propagate != "pruned":
+                what = "--method best, which implies --match dense, " if self.method == "best" else "--match dense "
                 raise LLMPruneError(
-                    f"--match dense compares the two models linear by linear, which --sequential {self.sequential} --propagate "
+                    f"{what}compares the two models linear by linear, which --sequential {self.sequential} --propagate "
                     f"{self.propagate} does not: give --sequential sublayer --propagate pruned."
                 )
         if self.method == "icbs" and self.reconstruct != "none":
@@ -292,5 +298,8 @@ def sentence(error: ValidationError, file: Path | None = None) -> str:
     option = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         where = f" in {file}" if file else ""
-        return f"Unknown option {option!r}{where}: known are {', '.join(Recipe.model_fields)}."
+        known: list[str] = list(Recipe.model_fields)
+        if len(first["loc"]) > 1:
+            known = list((DsnotOptions if first["loc"][0] == "dsnot" else IcbsOptions).model_fields)
+        return f"Unknown option {option!r}{where}: known are {', '.join(known)}."
     return f"Option {option} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."

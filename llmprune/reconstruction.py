@@ -87,18 +87,21 @@ def least_squares(target_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, start_
     Raises:
         LLMPruneError: it does not converge, which a well-damped Hessian does not do.
     """
-    # Features scaled to unit variance: Jacobi's preconditioner.
+    # Features scaled to unit variance, which is Jacobi's preconditioner, and rows to unit size, whose squares do not underflow.
     scale_I = hessian_II.diagonal().rsqrt()
     correlation_II = hessian_II * scale_I * scale_I[:, None]
     target_OI = target_OI / scale_I
-    weight_OI = torch.where(keep_OI, target_OI if start_OI is None else start_OI / scale_I, 0.0)
+    size_O1 = target_OI.abs().amax(dim=1, keepdim=True)
+    size_O1 = torch.where(size_O1 > 0, size_O1, 1.0)
+    target_OI /= size_O1
+    weight_OI = torch.where(keep_OI, target_OI if start_OI is None else start_OI / scale_I / size_O1, 0.0)
     residual_OI = ((target_OI - weight_OI) @ correlation_II).mul_(keep_OI)
     direction_OI = residual_OI.clone()
     energy_O1 = residual_OI.square().sum(dim=1, keepdim=True)
     goal_O1 = TOLERANCE**2 * (target_OI @ correlation_II).mul_(keep_OI).square_().sum(dim=1, keepdim=True)
     for _ in range(STEPS):
         if (energy_O1 <= goal_O1).all():
-            return weight_OI.mul_(scale_I)
+            return weight_OI.mul_(scale_I).mul_(size_O1)
         image_OI = (direction_OI @ correlation_II).mul_(keep_OI)
         # A row that has converged has nothing left to divide.
         length_O1 = energy_O1 / (direction_OI * image_OI).sum(dim=1, keepdim=True).clamp_min(1e-30)

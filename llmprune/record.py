@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,16 +15,31 @@ from .verify import read_record
 
 
 class Linear(BaseModel):
-    """One pruned matrix. `shape` is (outputs, inputs)."""
+    """One pruned matrix. `shape` is (outputs, inputs).
+
+    Errors are squared and relative to the squared output: of the result on the tokens that it was fitted to (`error`) and on
+    samples held out of the fit (`fresh_error`), and there of the method's own mask (`start_fresh_error`).
+    """
 
     role: str
     shape: tuple[int, int]
     zeros: int
     outlier_ratio: float | None = None
+    error: float | None = None
+    fresh_error: float | None = None
+    start_fresh_error: float | None = None
+    rows_refused: int | None = None
 
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def held_out_errors(self) -> tuple[float, float] | None:
+        """Of the method's own mask and of the result."""
+        if self.start_fresh_error is None or self.fresh_error is None:
+            return None
+        return self.start_fresh_error, self.fresh_error
 
 
 class Block(BaseModel):
@@ -29,6 +47,39 @@ class Block(BaseModel):
 
     influence: float | None = None
     output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Means over the linears that have them. `removed` is the share of its start's error that a linear lost."""
+
+    fitted: float
+    fresh: float | None = None
+    start_fresh: float | None = None
+    removed: float | None = None
+
+
+class Step(BaseModel):
+    """A step of iCBS's search; the first one is where it starts and proposes nothing.
+
+    Attributes:
+        held_out: loss after the step.
+        predicted: change of the loss by the swaps that were kept, by the step's quadratic model.
+    """
+
+    step: int
+    held_out: float
+    proposed: int | None = None
+    swaps: int | None = None
+    predicted: float | None = None
+
+    @property
+    def outcome(self) -> Literal["kept", "kept in part", "undone", "nothing to swap"] | None:
+        if self.proposed is None:
+            return None
+        if not self.proposed:
+            return "nothing to swap"
+        return "kept" if self.swaps == self.proposed else "kept in part" if self.swaps else "undone"
 
 
 class Parameters(BaseModel):
@@ -129,6 +180,7 @@ class Record(BaseModel):
     perplexity: Perplexity | None = None
     evaluation: Evaluation | None = None
     blocks: list[Block] = []
+    search: list[Step] = []
     kept: dict[str, list[int]] = {}
     dense_widths: dict[str, int | list[int]] = {}
 
@@ -139,6 +191,26 @@ class Record(BaseModel):
     @property
     def pattern(self) -> str:
         return str(self.recipe["pattern"])
+
+    @property
+    def errors(self) -> Errors | None:
+        """What fitting layer by layer came to, or None where nothing was measured."""
+        fitted = [linear.error for linear in self.linears.values() if linear.error is not None]
+        fresh = [errors for linear in self.linears.values() if (errors := linear.held_out_errors)]
+        if not fitted:
+            return None
+        if not fresh:
+            return Errors(fmean(fitted))
+        # A start without error has none to lose.
+        removed = fmean(1 - end / start if start else 0.0 for start, end in fresh)
+        return Errors(fmean(fitted), fmean(end for _, end in fresh), fmean(start for start, _ in fresh), removed)
+
+    @property
+    def found(self) -> float:
+        """The held-out loss of the masks that the search ended with."""
+        options = self.recipe["icbs"]
+        assert isinstance(options, dict)
+        return min(step.held_out for step in self.search) if options["keep_best"] else self.search[-1].held_out
 
 
 def read(directory: Path) -> Record:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,10 +27,11 @@ from .errors import LLMPruneError
 from .output import REPORT
 from .pictures import Picture, render
 from .record import Evaluation, Record, Task, read
+from .statistics import SplitHessian
 from .tables import count, size, use_of, weights_bytes
 
 # All that a page may hold: an earlier page's are removed.
-PICTURES = ("perplexity", "tasks", "sparsity", "kept", "blocks", "outliers", "parameters", "time")
+PICTURES = ("perplexity", "tasks", "sparsity", "kept", "blocks", "outliers", "search", "errors", "parameters", "time")
 # Sparsities that differ by less are one number: rounding to whole weights, not a decision.
 SAME = 0.005
 # What a run's clock measures; the rest of its time passes before the first block and after the last.
@@ -40,6 +44,13 @@ CLOCK = {
     "write_wait": "waiting for the disk to write",
 }
 KEPT = {"ffn": "feed-forward width kept", "heads": "attention heads kept"}
+
+# What iCBS's `accept` asks of a step.
+JUDGED = {
+    "holdout": "A step that does not lower it is undone, or kept in part.",
+    "batch": "A step that does not lower the loss of its own batch is undone, or kept in part.",
+    "none": "Every step is kept.",
+}
 
 
 def write_report(directory: Path, file: Path | None = None) -> Path:
@@ -102,6 +113,10 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
         otherwise=_otherwise(evaluation) if evaluation else {},
         roles=role_table(record),
         times=clock(record),
+        errors=record.errors,
+        searched=searched(record),
+        judged=JUDGED,
+        every=SplitHessian.EVERY,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
     )
     return html, list(drawn.values())
@@ -165,6 +180,49 @@ def outlier_grid(record: Record) -> Grid | None:
         if linear.outlier_ratio is not None
     }
     return _grid(record, ratios) if ratios else None
+
+
+def error_grids(record: Record) -> tuple[Grid, Grid] | None:
+    """Held-out output error per block and role at the start and at the end, or None where it was not measured."""
+    both = {name: (errors, linear.size) for name, linear in record.linears.items() if (errors := linear.held_out_errors)}
+    if not both:
+        return None
+    start, end = (_grid(record, {name: (errors[i] * size, size) for name, (errors, size) in both.items()}) for i in (0, 1))
+    return start, end
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search came to: `predicted` and `true` are the changes of the loss by all steps that were kept."""
+
+    start: float
+    end: float
+    outcomes: dict[str, int]
+    predicted: float
+    true: float
+
+
+def searched(record: Record) -> Searched | None:
+    if not record.search:
+        return None
+    changes = _changes(record)
+    outcomes: Counter[str] = Counter(step.outcome for step in record.search if step.outcome)
+    return Searched(
+        record.search[0].held_out,
+        record.found,
+        {name: outcomes[name] for name in pictures.OUTCOMES if name in outcomes},
+        sum(predicted for predicted, _ in changes.values()),
+        sum(true for _, true in changes.values()),
+    )
+
+
+def _changes(record: Record) -> dict[int, tuple[float, float]]:
+    """Predicted and true change of the held-out loss by every step that was kept."""
+    return {
+        step.step: (step.predicted, step.held_out - earlier.held_out)
+        for earlier, step in pairwise(record.search)
+        if step.swaps and step.predicted is not None
+    }
 
 
 def _grid(record: Record, shares: Mapping[str, tuple[float, int]]) -> Grid:
@@ -237,6 +295,8 @@ def _pictures(record: Record) -> list[Picture]:
         _kept_picture(record),
         _influence_picture(record),
         _outlier_picture(record),
+        _search_picture(record),
+        _error_picture(record),
         _parameter_picture(record),
         _time_picture(record),
     ]
@@ -311,6 +371,31 @@ def _outlier_picture(record: Record) -> Picture | None:
     percent = [[value * 100 for value in row] for row in grid.cells]
     alt = f"Map of the outlier ratio per block and role, from {low:.2%} to {high:.2%}."
     return render("outliers", alt, pictures.heatmap(percent, grid.roles, (0, high * 100 or 1), "outliers, %"))
+
+
+def _search_picture(record: Record) -> Picture | None:
+    found = searched(record)
+    if found is None:
+        return None
+    said = ", ".join(f"{name} {number}" for name, number in found.outcomes.items())
+    alt = f"Held-out loss over {len(record.search) - 1} steps, from {found.start:.4g} to {found.end:.4g}. Steps: {said}."
+    losses, outcomes = [step.held_out for step in record.search], [step.outcome for step in record.search]
+    return render("search", alt, pictures.search(losses, outcomes, _changes(record)))
+
+
+def _error_picture(record: Record) -> Picture | None:
+    grids = error_grids(record)
+    if grids is None:
+        return None
+    panels, said = [], []
+    for place, role in enumerate(grids[0].roles):
+        means = [fmean(values) for grid in grids if (values := grid.column(role))]
+        if means:
+            start_B, end_B = ([row[place] for row in grid.cells] for grid in grids)
+            panels.append((role, start_B, end_B))
+            said.append(f"{role} from {means[0]:.3g} to {means[1]:.3g}")
+    alt = f"Held-out output error per block. Means over blocks: {', '.join(said)}."
+    return render("errors", alt, pictures.before_after(panels, ("the method's own mask", "the result")))
 
 
 def _influence_picture(record: Record) -> Picture | None:

@@ -94,7 +94,7 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
     reasons: dict[str, str] = {}
 
     def choose(key: str, value: object, reason: str) -> None:
-        if getattr(recipe, key) is None:
+        if getattr(recipe, key) is None and key not in values:
             values[key], reasons[key] = value, reason
 
     choose("sparsity", recipe.target, "what the pattern removes" if recipe.pattern != "unstructured" else "a half")
@@ -143,6 +143,8 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
     if issubclass(statistic, SplitHessian):
         widest = max(linear.shape[1] for linear in skeleton.all_linears())
         fitted = (recipe.samples or samples) * seqlen / widest
+        if recipe.match == "dense":
+            choose("damping", 0.5, "much of what the dense model's outputs ask for is noise")
         few = fitted < TOKENS_PER_INPUT
         choose("damping", 0.3 if few else 0.1, f"{fitted:.0f} tokens per input of the widest linear{', few' if few else ''}")
     return recipe.model_copy(update=values), reasons

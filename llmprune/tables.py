@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 from rich.console import Console
 from rich.table import Table
 
+from .record import Record
+
 if TYPE_CHECKING:
     from .plan import Plan
     from .pruning import Prepared, Result
@@ -27,6 +29,11 @@ def show(result: Result) -> None:
     table.add_row("sparsity of the prunable weights", "", f"{cast(float, record['sparsity']):.2%}")
     if text := cast("dict[str, object] | None", record.get("perplexity")):
         table.add_row("token perplexity", f"{text['dense']:.3f}", f"{text['pruned']:.3f}")
+    shown = Record.model_validate(record)
+    if shown.search:
+        table.add_row("held-out loss of the search", "", f"{shown.found:.4f}, from {shown.search[0].held_out:.4f}")
+    if (errors := shown.errors) and errors.fresh is not None:
+        table.add_row("held-out output error of linears", "", f"{errors.fresh:.4f}, from {errors.start_fresh:.4f}")
     table.add_row("weights on disk", "", size(weights_bytes(result.directory)))
     table.add_row("time of the run", "", f"{record['seconds']} s")
     table.add_row("peak memory", "", f"{cast(int, record['peak_rss_bytes']) / 1e9:.2f} GB")

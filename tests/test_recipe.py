@@ -7,7 +7,8 @@ import yaml
 
 from llmprune import methods
 from llmprune.errors import LLMPruneError
-from llmprune.recipe import DECISIVE, Recipe, from_options, parse_nm
+from llmprune.options import PAPER, DsnotOptions, IcbsOptions
+from llmprune.recipe import DECISIVE, IMPLIED, Recipe, from_options, parse_nm
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -64,6 +65,54 @@ def test_an_nm_pattern_implies_its_sparsity():
 
 def test_every_decisive_option_exists():
     assert set(DECISIVE) <= set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("method", IMPLIED)
+def test_a_methods_name_stands_for_its_options_and_what_is_given_goes_before_them(method):
+    recipe = Recipe(model="m", method=method)
+    assert {key: getattr(recipe, key) for key in IMPLIED[method]} == IMPLIED[method]
+    assert Recipe(model="m", method="best", rounds=3).rounds == 3
+    assert Recipe(model="m", method="dsnot", refine="none").dsnot is None
+
+
+def test_options_of_a_method_may_be_text_or_a_mapping_and_exist_only_where_they_are_used():
+    assert Recipe(model="m").dsnot is Recipe(model="m").icbs is None
+    assert Recipe(model="m", refine="dsnot").dsnot == DsnotOptions()
+    wanted = DsnotOptions(accept="always", skip=("q", "down"))
+    for given in ("accept: always, skip: [q, down]", {"accept": "always", "skip": ["q", "down"]}):
+        assert Recipe(model="m", method="dsnot", dsnot=given).dsnot == wanted
+
+
+def test_the_papers_settings_are_those_published_but_for_what_is_given():
+    assert Recipe(model="m", method="dsnot", preset="paper").dsnot == DsnotOptions(**PAPER["dsnot"])
+    assert Recipe(model="m", method="icbs", preset="paper").icbs == IcbsOptions(**PAPER["icbs"])
+    assert Recipe(model="m", method="dsnot", preset="paper", dsnot="cycles: 7").dsnot.cycles == 7
+    assert Recipe(model="m", method="icbs", preset="paper", steps=9, icbs="steps: 5").icbs.steps == 9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "best", "sparsity": 0.7},
+        {"method": "best", "pattern": "2:4"},
+        {"method": "dsnot", "preset": "paper"},
+        {"method": "dsnot", "dsnot": "accept: always, skip: [q]", "reconstruct": "lstsq"},
+        {"method": "icbs", "preset": "paper", "steps": 3},
+        {"refine": "icbs", "damping": 0.2},
+    ],
+    ids=str,
+)
+def test_refining_recipes_read_back_from_their_own_yaml(options, tmp_path):
+    recipe, file = from_options({"model": "llama", **options}), tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert from_options({}, file) == recipe
+
+
+@pytest.mark.parametrize("name", ["dsnot", "icbs"])
+def test_an_unknown_option_of_a_method_is_answered_with_the_methods_options(name):
+    fields = {"dsnot": DsnotOptions, "icbs": IcbsOptions}[name].model_fields
+    with pytest.raises(LLMPruneError, match=rf"'{name}\.speed'.*{', '.join(fields)}"):
+        from_options({"model": "m", "method": name, name: "speed: 3"})
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

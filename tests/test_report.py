@@ -14,11 +14,22 @@ from records import PERPLEXITY, SHAPES, amend, evaluation, facts, task
 from tiny import build
 
 from llmprune import pictures
+from llmprune.pruning import Result
 from llmprune.record import Record
-from llmprune.report import outlier_grid, page, sparsity_grid
+from llmprune.report import error_grids, outlier_grid, page, sparsity_grid
+from llmprune.tables import show
 
 VOID = {"meta", "br", "wbr", "link", "img"}
 TASKS = {"arc_easy": task(0.40625, 0.5), "boolq": task(0.625, 0.65625), "a_task_whose_name_" + "is_long_" * 12: task(0.25)}
+# Steps of a search: kept, undone, kept in part, without a proposal.
+SEARCH = [
+    {"step": 0, "held_out": 4.0},
+    {"step": 1, "held_out": 3.5, "proposed": 10, "swaps": 10, "predicted": -1.0, "batch": 4.1, "gamma": 0.1},
+    {"step": 2, "held_out": 3.5, "proposed": 8, "swaps": 0, "predicted": 0.0, "batch": 3.6, "gamma": 0.1},
+    {"step": 3, "held_out": 3.25, "proposed": 8, "swaps": 4, "predicted": -0.5, "batch": 3.4, "gamma": 0.05},
+    {"step": 4, "held_out": 3.25, "proposed": 0, "swaps": 0, "predicted": 0.0, "batch": 3.4, "gamma": 0.05},
+]
+ICBS = {"holdout": 8, "accept": "holdout", "keep_best": True, "target": "text"}
 BLOCKS = [{"influence": 0.5, "output_error": 0.01}, {"influence": 0.125, "output_error": 0.02}, {"influence": None}]
 
 
@@ -77,6 +88,14 @@ def html(**more: object) -> str:
     return page(Record.model_validate(facts(**more)), 123_456)[0]
 
 
+def refine(record: dict[str, object], **recipe: object) -> None:
+    """Make it a record of a run with held-out samples: two linears with errors, whose means are easy."""
+    record["recipe"] |= {"samples": 32, "seqlen": 128, "match": "block", **recipe}
+    first, second = list(record["linears"].values())[:2]
+    first |= {"error": 0.01, "fresh_error": 0.02, "start_fresh_error": 0.08, "rows_refused": 3}
+    second |= {"error": 0.03, "fresh_error": 0.06, "start_fresh_error": 0.08, "rows_refused": 1}
+
+
 @pytest.fixture(scope="module")
 def full() -> str:
     """A page with every section."""
@@ -89,7 +108,9 @@ def full() -> str:
         kept={"ffn": [20, 16, 12], "heads": [4, 4, 2]},
         dense_widths={"ffn": 20, "heads": 4},
         reasons={"method": "it is short"},
+        search=SEARCH,
     )
+    refine(record, icbs=ICBS)
     for number, linear in enumerate(record["linears"].values()):
         linear["zeros"] = number * linear["zeros"] // 11
         linear["outlier_ratio"] = 0.001 * number
@@ -112,7 +133,7 @@ def test_a_page_names_its_language_scales_to_the_device_and_describes_every_pict
     assert ("html", {"lang": "en"}) in tags
     assert any(tag == "meta" and attributes.get("name") == "viewport" for tag, attributes in tags)
     labels = [attributes["aria-label"] for _, attributes in tags if attributes.get("role") == "img"]
-    assert len(labels) == 2 * 8
+    assert len(labels) == 2 * 10
     assert all(len(label) > 20 for label in labels)
 
 
@@ -156,8 +177,99 @@ def test_sizes_in_the_table_are_the_records():
     assert seen.row("gate") == ["20 × 8", "480", "50.00 %"]
 
 
+def test_errors_in_the_table_are_means_of_the_records(full):
+    seen = Page(full)
+    assert seen.row("The result, tokens of the fit") == ["0.0200"]
+    assert seen.row("The result, held out") == ["0.0400"]
+    assert seen.row("The method's own mask, held out") == ["0.0800"]
+    assert seen.row("Taken away") == ["50.0 %"], "of 75 % and 25 %"
+    assert "4 of 12 rows were worse" in full
+    assert "on 4 calibration samples of 128 tokens that no linear was fitted to" in full
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_errors_without_held_out_samples_have_no_start_to_compare_with():
+    record = facts()
+    refine(record)
+    for linear in record["linears"].values():
+        linear.pop("fresh_error", None)
+        linear.pop("start_fresh_error", None)
+    seen = Page(page(Record.model_validate(record), 1)[0])
+    assert seen.row("The result, tokens of the fit") == ["0.0200"]
+    assert not [row for row in seen.rows if row and "held out" in row[0]]
+    assert "errors" not in names(record)
+
+
+def test_errors_of_one_role_and_block_are_drawn_together_and_the_rest_stays_blank():
+    record = facts()
+    assert error_grids(Record.model_validate(record)) is None
+    refine(record)
+    record["linears"]["model.layers.0.mlp.experts.1.q_proj"] = {
+        **record["linears"]["model.layers.0.mlp.q_proj"],
+        "fresh_error": 0.04,
+        "start_fresh_error": 0.16,
+    }
+    start, end = error_grids(Record.model_validate(record))
+    assert start.cells[0][:2] == pytest.approx((0.12, 0.08))
+    assert end.cells[0][:2] == pytest.approx((0.03, 0.06))
+    assert all(math.isnan(value) for grid in (start, end) for row in grid.cells[1:] for value in row)
+    drawn = {picture.name: picture for picture in page(Record.model_validate(record), 1)[1]}
+    words = set(Page(drawn["errors"].wide).texts["text"])
+    assert {"q", "k", "the method's own mask", "the result"} <= words
+    assert not {"v", "o", "gate"} & words
+    assert "q from 0.12 to 0.03" in drawn["errors"].alt
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_errors_against_the_dense_model_say_so():
+    record = facts()
+    refine(record)
+    assert "the dense model's output" not in page(Record.model_validate(record), 1)[0]
+    refine(record, match="dense")
+    assert "the dense model's output" in page(Record.model_validate(record), 1)[0]
+
+
+def test_a_search_says_what_became_of_its_steps_and_of_what_it_predicted(full):
+    (said,) = [text for text in Page(full).texts["p"] if text.startswith("iCBS took")]
+    assert " ".join(said.split()) == (
+        "iCBS took the held-out loss from 4.0000 to 3.2500 in 4 steps: kept 1, kept in part 1, undone 1, nothing to swap 1."
+    )
+    (caption,) = [" ".join(text.split()) for text in Page(full).texts["figcaption"] if text.strip().startswith("Held-out loss")]
+    assert "on 4 calibration samples of 128 tokens that no step learns from" in caption
+    assert "to change the loss by −1.500 in all; the held-out loss changed by −0.750." in caption
+
+
+def test_steps_of_a_search_are_told_apart_as_long_as_there_is_room():
+    legends = {}
+    for number in (4, 400):
+        steps = [{**SEARCH[1 + i % 4], "step": i + 1} for i in range(number)]
+        record = facts(search=[SEARCH[0], *steps])
+        refine(record, icbs=ICBS)
+        drawn = {picture.name: picture for picture in page(Record.model_validate(record), 1)[1]}
+        legends[number] = set(Page(drawn["search"].wide).texts["text"]) & {*pictures.OUTCOMES, "predicted"}
+    assert legends == {4: {*pictures.OUTCOMES, "predicted"}, 400: {"predicted"}}
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("keep_best", "end"), [(True, "3.2500"), (False, "5.0000")])
+def test_a_search_ends_with_the_masks_that_were_saved(keep_best, end):
+    worse = {"step": 5, "held_out": 5.0, "proposed": 2, "swaps": 2, "predicted": -0.1}
+    record = facts(search=[*SEARCH, worse])
+    refine(record, icbs={**ICBS, "accept": "none", "keep_best": keep_best})
+    assert f"from 4.0000 to {end} in 5 steps" in page(Record.model_validate(record), 1)[0]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_search_that_kept_nothing_predicts_nothing():
+    record = facts(search=[SEARCH[0], {**SEARCH[2], "step": 1, "held_out": 4.0}])
+    refine(record, icbs=ICBS)
+    text = page(Record.model_validate(record), 1)[0]
+    assert "undone 1." in text
+    assert "quadratic models" not in text
+
+
 def test_the_recipe_in_the_page_reads_back(full):
-    recipe = facts()["recipe"]
+    recipe = facts()["recipe"] | {"samples": 32, "seqlen": 128, "match": "block", "icbs": ICBS}
     del recipe["output"]
     assert yaml.safe_load(Page(full).texts["pre"][0]) == recipe
 
@@ -185,7 +297,7 @@ def test_the_same_record_gives_the_same_bytes():
 @pytest.mark.usefixtures("undrawn")
 def test_a_section_without_data_is_not_there(full):
     everything = ["Quality", "Where the zeros are", "What the decision saw", "Size", "The run"]
-    assert Page(full).headings == everything
+    assert Page(full).headings == [*everything[:3], "What refinement did", *everything[3:]]
     assert Page(html()).headings == ["Where the zeros are", "Size", "The run"]
     assert Page(html(blocks=[{"influence": None}] * 3)).headings == ["Where the zeros are", "Size", "The run"]
     assert Page(html(perplexity=PERPLEXITY, blocks=BLOCKS)).headings == everything
@@ -253,6 +365,17 @@ def test_drawings_leave_their_ink_to_the_page(full):
     drawn = "".join(re.findall(r"<svg.*?</svg>", full, re.DOTALL))
     assert not [colour for colour in pictures.LIGHT.values() if colour in drawn]
     assert set(re.findall(r"var\(--(\w+)\)", drawn)) <= set(pictures.DARK) == set(pictures.LIGHT)
+
+
+def test_the_terminal_names_held_out_losses_and_errors_where_there_are_some(tmp_path, capsys):
+    plain, refined = facts(), facts(search=SEARCH)
+    refine(refined, icbs=ICBS)
+    show(Result(tmp_path, plain))
+    assert "held-out" not in capsys.readouterr().out
+    show(Result(tmp_path, refined))
+    said = capsys.readouterr().out
+    assert "3.2500, from 4.0000" in said
+    assert "0.0400, from 0.0800" in said
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,8 @@ KILLED = {
     "random": ({"method": "random", "calibration": None}, 3),
     "wanda-sublayer": ({"method": "wanda", "sequential": "sublayer"}, 1),
     "wanda-dense": ({"method": "wanda", "propagate": "dense"}, 1),
+    "best": ({"method": "best"}, 3),
+    "icbs": ({"method": "icbs", "icbs": "steps: 4, save_every: 1, block_size: 64, holdout: 4"}, 2),
     "wanda-offloaded": ({"method": "wanda", "offload_activations": "scratch"}, 1),
 }
 
