@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import LLMPruneError
 from .patterns import Pattern
 
-# Conjugate gradients stop at this residual relative to the start's, in the preconditioner's norm; or give up.
+# Conjugate gradients stop at this residual relative to that of no weights, in the preconditioner's norm; or give up.
 TOLERANCE, STEPS = 1e-3, 200
 # Weight of the penalty for leaving the pattern, with features scaled to unit variance. Errors on fresh tokens of SmolLM2's
 # layers are a quarter higher with 0.3, a tenth with 3.

@@ -110,7 +110,7 @@ def finish(
     linear.facts["error"] = reconstruction.relative_error(pruned_OI, target_OI, hessian_II)
     if inputs.fresh.tokens > 0:
         linear.facts["fresh_error"] = reconstruction.relative_error(pruned_OI, target_OI, fresh_II)
-        linear.facts["start_fresh_error"] = reconstruction.relative_error(dense_OI * start_OI, dense_OI, fresh_II)
+        linear.facts["start_fresh_error"] = reconstruction.relative_error(target_OI * start_OI, target_OI, fresh_II)
     if recipe.reconstruct == "none":
         linear.keep(keep_OI)
     else:

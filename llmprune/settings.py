@@ -68,6 +68,11 @@ def choose_dtype(recipe: Recipe, device: str, stored: torch.dtype) -> tuple[str,
     return name, "the checkpoint's own"
 
 
+def fits(recipe: Recipe) -> bool:
+    """Whether something is fitted to a damped Hessian."""
+    return recipe.refine == "icbs" or recipe.reconstruct == "lstsq"
+
+
 def ignored(recipe: Recipe, method: Method) -> list[str]:
     """One warning for each option that was given and has no effect here."""
     given = recipe.model_fields_set
@@ -78,6 +83,8 @@ def ignored(recipe: Recipe, method: Method) -> list[str]:
             warnings.append(f"{recipe.method} looks at no data, so {', '.join(flags)} had no effect")
     elif recipe.propagate == "dense" and recipe.sequential == "sublayer":
         warnings.append("--sequential sublayer had no effect: with --propagate dense a block runs once, as it is")
+    if "damping" in given and not fits(recipe):
+        warnings.append("--damping had no effect: it belongs to --refine icbs and --reconstruct lstsq")
     return warnings
 
 
@@ -140,9 +147,9 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
             choose("calibration", "self", "the Hub cannot be reached, so the model writes its own text")
     if recipe.propagate == "dense":
         values["sequential"] = "block"
-    if issubclass(statistic, SplitHessian):
+    if fits(recipe):
         widest = max(linear.shape[1] for linear in skeleton.all_linears())
-        fitted = (recipe.samples or samples) * seqlen / widest
+        fitted = (recipe.samples or samples) * seqlen * (1 - 1 / SplitHessian.EVERY) / widest
         if recipe.match == "dense":
             choose("damping", 0.5, "much of what the dense model's outputs ask for is noise")
         few = fitted < TOKENS_PER_INPUT

@@ -12,6 +12,8 @@ and drops it, while the next block is already being read. How often a block runs
 - `sequential="sublayer"`: a linear is pruned as soon as its own inputs are complete and is used pruned from then on,
   so the samples cross the block once. Every micro-batch's forward is a coroutine that waits at each linear until all
   the others have arrived there, which works for any architecture because the model's own code runs.
+- `match_dense` (with sublayer): the samples cross the dense model, too, one input ahead, so that a statistic sees what a
+  linear reads in both models, and what the residual stream has lost: twice.
 - `propagate="dense"`: the next block sees the dense block's output; the samples cross the block once.
 
 The model's own forward runs once with recorders in place of the blocks, so each block is later called with exactly the
