@@ -49,6 +49,7 @@ ROWS: dict[str, dict[str, object]] = {
     "wanda-lstsq": {"reconstruct": "lstsq"},
     "wanda-lstsq-sublayer": {"reconstruct": "lstsq", "sequential": "sublayer"},
     "icbs-lstsq-sublayer": {"refine": "icbs", "reconstruct": "lstsq", "sequential": "sublayer"},
+    "icbs-6": {"method": "icbs", "icbs": {"steps": 6, "batch_size": 4}},
     "best-block": {"method": "best", "match": "block"},
     "best-row": {"method": "best", "group": "row"},
     "best-mask": {"method": "best", "rounds": 0},
