@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -444,6 +445,12 @@ class Skeleton:
         tied = {self.stored_names[name] for name in self.tied if name in self.stored_names}
         kept_owner = {self.stored_names[owner] for owner in self.tied.values() if owner in self.stored_names}
         return sorted(set(self.checkpoint.entries) - inside - (tied - kept_owner))
+
+    def free_memory(self) -> int:
+        """Bytes that are free where forwards run."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available
 
     def prunable_parameters(self) -> int:
         return sum(linear.numel for linear in self.all_linears())

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import psutil
 import torch
 
 from . import __version__, allocation, calibration, card, methods, sampling, settings
@@ -329,10 +328,7 @@ def _calibration_set(ready: Prepared, quiet: bool) -> TokenSet:
 def check_self_memory(skeleton: Skeleton) -> None:
     """Raise `LLMPruneError` if the whole model, which `self` calibration runs, does not fit in memory."""
     needed = int(skeleton.parameters() * skeleton.dtype.itemsize * 1.3)
-    if skeleton.device.type == "cuda":
-        available = torch.cuda.mem_get_info(skeleton.device)[0]
-    else:
-        available = psutil.virtual_memory().available
+    available = skeleton.free_memory()
     if needed > available:
         raise LLMPruneError(
             f"Calibration on `self` runs the whole model, which takes {needed / 1e9:.1f} GB where {available / 1e9:.1f} GB are "

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from in_process import llmprune as command
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_llama
+from transformers import LlamaForCausalLM
 
 import llmprune
 from llmprune import methods, record
@@ -33,21 +34,8 @@ BEST = {
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        # Large enough that blocks change what passes through them.
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    # Weights large enough that blocks change what passes through them.
+    return save_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=2, initializer_range=0.2)
 
 
 def tensors_of(directory):

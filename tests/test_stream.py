@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_llama
+from transformers import LlamaForCausalLM
 
 from llmprune import methods
 from llmprune.errors import LLMPruneError
@@ -27,19 +28,7 @@ MODES = [
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("llama"), intermediate_size=44, num_hidden_layers=BLOCKS)
 
 
 @pytest.fixture(scope="module")

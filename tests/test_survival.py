@@ -14,6 +14,7 @@ import pytest
 import torch
 from crash_harness import digests
 from safetensors.torch import save_file
+from tiny import save_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmprune
@@ -29,19 +30,7 @@ FLAGS = [f"--{key}={value}" for key, value in OPTIONS.items()]
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16, num_hidden_layers=4)
 
 
 def weights(folder):

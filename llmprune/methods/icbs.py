@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -336,10 +335,7 @@ class Search:
 def check_memory(skeleton: Skeleton, recipe: Recipe, options: IcbsOptions) -> None:
     """Raise `LLMPruneError` if the search does not fit in memory."""
     needed = sum(memory_parts(skeleton, recipe, options).values())
-    if skeleton.device.type == "cuda":
-        available = torch.cuda.mem_get_info(skeleton.device)[0]
-    else:
-        available = psutil.virtual_memory().available
+    available = skeleton.free_memory()
     if needed > available:
         raise LLMPruneError(
             f"iCBS has the whole model and its gradients in memory, which takes {needed / 1e9:.1f} GB where "

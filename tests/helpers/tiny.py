@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Sizes are multiples of 4, so that 2:4 fits, and of nothing larger.
 WIDTH, HIDDEN, HEADS, VOCABULARY, LIMIT = 36, 52, 3, 263, 64
@@ -90,3 +90,18 @@ def tokenizer(*, with_bos: bool) -> PreTrainedTokenizerFast:
     if with_bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def save_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **config: object) -> Path:
+    """A random Llama of a few thousand weights, without a tokenizer; `config` adds to the configuration or changes it."""
+    torch.manual_seed(0)
+    sizes: dict[str, object] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes | config)).to(dtype).save_pretrained(folder)
+    return folder
