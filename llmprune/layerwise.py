@@ -1,7 +1,7 @@
 """The layer-wise half of iCBS: swap kept and removed weights of a row while that lowers its reconstruction error.
 
 Removing the weights R of a row w changes its output on the inputs X by X_R w_R, so the row loses E = d H d^T with H = X^T X and
-d the removed weights. It is the quadratic that iCBS (arXiv 2411.17796) takes of the loss, here of a layer's own and exact; the
+d the removed weights; where the row is to come close to another one, its target t, d = t - w with the kept weights in w. It is the quadratic that iCBS (arXiv 2411.17796) takes of the loss, here of a layer's own and exact; the
 rows of a matrix share H and are independent. With c = d H, removing weight j (s_j = +1) or putting it back (s_j = -1) changes E
 by
 
@@ -25,29 +25,34 @@ CHUNK = 1 << 16
 LEAST_GAIN = 1e-6
 
 
-def swap(weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, pattern: Pattern) -> Tensor:
+def swap(
+    weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, pattern: Pattern, target_OI: Tensor | None = None
+) -> Tensor:
     """Improve a mask by swaps within rows, or within the groups of N:M.
 
     Args:
-        weight_OI: the dense weights, float32.
+        weight_OI: what a kept weight is, float32.
         keep_OI: the mask to start from, left as it is. Rows may differ in how many weights they keep.
         hessian_II: of the inputs, damped (`reconstruction.damped`): on few tokens the undamped error misleads.
         pattern: what the mask obeys.
+        target_OI: what the rows are to come close to, where it is not `weight_OI`.
 
     Returns:
         A keep mask, bool [O, I], with as many weights in every row, or in every group of N:M, as `keep_OI`.
     """
     refined_OI = keep_OI.clone()
     rows = max(CHUNK // keep_OI.shape[1], 1)
-    for weight_RI, keep_RI in zip(weight_OI.split(rows), refined_OI.split(rows), strict=True):
-        _swap(weight_RI, keep_RI, hessian_II, pattern)
+    target_OI = weight_OI if target_OI is None else target_OI
+    parts = (each.split(rows) for each in (weight_OI, refined_OI, target_OI))
+    for weight_RI, keep_RI, target_RI in zip(*parts, strict=True):
+        _swap(weight_RI, keep_RI, target_RI, hessian_II, pattern)
     return refined_OI
 
 
-def _swap(weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tensor, pattern: Pattern) -> None:
+def _swap(weight_RI: Tensor, keep_RI: Tensor, target_RI: Tensor, hessian_II: Tensor, pattern: Pattern) -> None:
     """Change `keep_RI` in place."""
     cost_RI = weight_RI.square() * hessian_II.diagonal()
-    pull_RI = (weight_RI * ~keep_RI) @ hessian_II
+    pull_RI = (target_RI - weight_RI * keep_RI) @ hessian_II
     # 2 s w, and w^2 H_jj where a weight is on the side in question, infinite where not.
     sign_RI = torch.where(keep_RI, 2.0, -2.0) * weight_RI
     back_RI, drop_RI = cost_RI.masked_fill(keep_RI, torch.inf), cost_RI.masked_fill(~keep_RI, torch.inf)

@@ -78,7 +78,7 @@ class Recipe(BaseModel):
     rounds: int = Field(0, ge=0, description="Rounds in which least squares chooses the mask anew (ADMM).")
     match: Literal["block", "dense"] = Field(
         "block",
-        description="Least squares fit what a linear gives on its own inputs, or what the dense model has in its place.",
+        description="Least squares and iCBS's swaps aim at a linear's output on its own inputs, or at what the dense model has there.",
     )
     damping: float | None = Field(
         None, gt=0, lt=1, description="Share of the Hessian's diagonal in iCBS's row errors and least squares."
@@ -164,10 +164,10 @@ class Recipe(BaseModel):
                 "lstsq or leave --rounds out."
             )
         if self.match == "dense":
-            if self.reconstruct != "lstsq":
+            if self.reconstruct != "lstsq" and self.refine != "icbs":
                 raise LLMPruneError(
-                    f"--match dense is what least squares can fit, but --reconstruct is {self.reconstruct}: give --reconstruct "
-                    "lstsq or leave --match out."
+                    f"--match dense is for least squares and iCBS's swaps, but --reconstruct is {self.reconstruct} and --refine "
+                    f"{self.refine}: give --reconstruct lstsq or --refine icbs, or leave --match out."
                 )
             if self.sequential != "sublayer" or self.propagate != "pruned":
                 what = "--method best, which implies --match dense, " if self.method == "best" else "--match dense "

@@ -57,7 +57,13 @@ def _pairs(block: Block, kind: type[Statistic] | None) -> Iterator[tuple[Linear,
 
 
 def refined(
-    linear: Linear, keep_OI: Tensor, score_OI: Tensor, inputs: Statistic | None, pattern: Pattern, recipe: Recipe
+    linear: Linear,
+    keep_OI: Tensor,
+    score_OI: Tensor,
+    inputs: Statistic | None,
+    pattern: Pattern,
+    recipe: Recipe,
+    target_OI: Tensor | None = None,
 ) -> Tensor:
     """The method's mask, or what the recipe's refinement makes of it: bool [O, I].
 
@@ -66,6 +72,7 @@ def refined(
         score_OI: what it was chosen by.
         inputs: an `observed` statistic.
         pattern: what the mask obeys.
+        target_OI: what the linear is to come close to, where it is not its own weights.
     """
     from .methods import dsnot  # whose own `prune` comes through here
 
@@ -77,11 +84,16 @@ def refined(
     if recipe.refine == "icbs":
         assert isinstance(inputs, SplitHessian)
         assert recipe.damping
-        better_OI = layerwise.swap(weight_OI, keep_OI, reconstruction.damped(inputs.mean_II, recipe.damping), pattern)
+        target_OI = weight_OI if target_OI is None else target_OI
+        if recipe.reconstruct != "none":  # what is kept will be fitted to the target
+            weight_OI = target_OI
+        damped_II = reconstruction.damped(inputs.mean_II, recipe.damping)
+        better_OI = layerwise.swap(weight_OI, keep_OI, damped_II, pattern, target_OI)
         if inputs.fresh.tokens > 0:
             # A row that comes out worse on tokens that it was not fitted to stays as it was.
             fresh_II = inputs.fresh.mean_II
-            worse_O = _row_errors(weight_OI, better_OI, fresh_II) > _row_errors(weight_OI, keep_OI, fresh_II)
+            after_O, before_O = (_row_errors(target_OI - weight_OI * each, fresh_II) for each in (better_OI, keep_OI))
+            worse_O = after_O > before_O
             better_OI[worse_O] = keep_OI[worse_O]
             linear.facts["rows_refused"] = int(worse_O.sum())
         return better_OI
@@ -97,20 +109,24 @@ def finish(
         start_OI: the mask, bool [O, I].
         score_OI, inputs, pattern: as for `refined`.
     """
-    keep_OI = refined(linear, start_OI, score_OI, inputs, pattern, recipe)
     if not isinstance(inputs, SplitHessian):
-        linear.keep(keep_OI)
+        linear.keep(refined(linear, start_OI, score_OI, inputs, pattern, recipe))
         return
     dense_OI = target_OI = linear.weight_OI
     hessian_II, fresh_II = inputs.mean_II, inputs.fresh.mean_II
     if isinstance(inputs, CrossHessian):
         assert recipe.damping
         target_OI = reconstruction.dense_target(dense_OI, inputs.missing_OI(dense_OI), hessian_II, recipe.damping)
-    pruned_OI = _reconstructed(target_OI, keep_OI, hessian_II, pattern, recipe)
+    keep_OI = refined(linear, start_OI, score_OI, inputs, pattern, recipe, target_OI)
+    if recipe.reconstruct == "none":
+        pruned_OI = dense_OI * keep_OI
+    else:
+        pruned_OI = _reconstructed(target_OI, keep_OI, hessian_II, pattern, recipe)
     linear.facts["error"] = reconstruction.relative_error(pruned_OI, target_OI, hessian_II)
     if inputs.fresh.tokens > 0:
         linear.facts["fresh_error"] = reconstruction.relative_error(pruned_OI, target_OI, fresh_II)
-        linear.facts["start_fresh_error"] = reconstruction.relative_error(target_OI * start_OI, target_OI, fresh_II)
+        start_OI = start_OI * (dense_OI if recipe.reconstruct == "none" else target_OI)
+        linear.facts["start_fresh_error"] = reconstruction.relative_error(start_OI, target_OI, fresh_II)
     if recipe.reconstruct == "none":
         linear.keep(keep_OI)
     else:
@@ -121,8 +137,6 @@ def _reconstructed(target_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, patte
     """What the kept weights become, float32 [O, I]."""
     from .methods import sparsegpt
 
-    if recipe.reconstruct == "none":
-        return target_OI * keep_OI
     if recipe.reconstruct == "sparsegpt":
         return sparsegpt.solve(target_OI, sparsegpt.inverse_factor(hessian_II), keep_OI)
     assert recipe.damping
@@ -133,6 +147,5 @@ def _reconstructed(target_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, patte
     return reconstruction.least_squares(target_OI, keep_OI, damped_II, guess_OI)
 
 
-def _row_errors(weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    lost_OI = weight_OI * ~keep_OI
+def _row_errors(lost_OI: Tensor, hessian_II: Tensor) -> Tensor:
     return (lost_OI @ hessian_II).mul_(lost_OI).sum(dim=1)
