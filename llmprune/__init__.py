@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import registration
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 __all__ = ["LLMPruneError", "Recipe", "Result", "__version__", "load", "prune"]
+
+# Models of blocks with different widths load with `AutoModelForCausalLM` from here on.
+registration.register_on_use()
 
 _HOMES = {"LLMPruneError": "errors", "Recipe": "recipe", "Result": "pruning", "load": "loading", "prune": "pruning"}
 

@@ -2,7 +2,8 @@
 
     model = llmprune.load("llama-sparse")
 
-Every format that llmprune writes is a plain Hugging Face directory; a format that is not gets a function beside `_plain`.
+Every format that llmprune writes is a Hugging Face directory that transformers loads, by our own classes where blocks have
+different widths (see registration.py); a format that is not gets a function beside `_plain`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .gguf import quiet_transformers
 from .models import resolve
 from .output import RECORD, STATE
 from .recipe import from_options
+from .registration import register
 from .settings import choose_device
 from .verify import read_record
 
@@ -84,6 +86,7 @@ def check_model(directory: Path, *, trust_remote_code: bool = False) -> Checkpoi
 def _known(model_type: object) -> bool:
     from transformers import CONFIG_MAPPING
 
+    register()
     return model_type in CONFIG_MAPPING
 
 
