@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .errors import LLMPruneError
 from .models import Linear, Skeleton
-from .patterns import removed_count
 from .statistics import InputNorm
 from .stream import Stream
 
@@ -154,64 +153,6 @@ def _outliers(pairs: Sequence[tuple[Linear, InputNorm]], multiple: float) -> flo
     return sum(int(torch.count_nonzero(score_OI(*pair) > multiple * mean)) for pair in pairs) / count
 
 
-def meet(sparsities_B: Sequence[float], groups_B: Sequence[Sequence[tuple[int, int]]], target: float) -> list[float]:
-    """Raise all sparsities by one small amount, so that as many weights go as the target says.
-
-    A pattern removes a whole number of weights from every group, rounded down; what that leaves adds up.
-
-    Args:
-        sparsities_B: of every block; their mean, weighted by size, is the target.
-        groups_B: of every block, for each linear the number of its groups and their size: (outputs, inputs) where rows compete,
-            (1, weights) where the matrix does.
-        target: share of all weights to remove.
-
-    Returns:
-        Sparsities in [0, 1] that come as close to the target as such a shift can; the fewer removed of two as close.
-    """
-    wanted = target * sum(number * size for groups in groups_B for number, size in groups)
-    smallest = min(size for groups in groups_B for _, size in groups)
-
-    def raised(shift: float) -> list[float]:
-        return [min(sparsity + shift, 1.0) for sparsity in sparsities_B]
-
-    def miss(shift: float) -> float:
-        pairs = zip(raised(shift), groups_B, strict=True)
-        return sum(number * removed_count(size, sparsity) for sparsity, groups in pairs for number, size in groups) - wanted
-
-    low, high = 0.0, 1 / smallest
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if miss(middle) < 0 else (low, middle)
-    return raised(min(low, high, key=lambda shift: abs(miss(shift))))
-
-
-def angular(input_BTI: Tensor, output_BTI: Tensor) -> tuple[float, int]:
-    """How far a block turns the hidden states: the angle between its input and output, in half turns (CFSP, arXiv 2409.13199).
-
-    0 for the same direction, 0.5 for orthogonal ones, 1 for opposite ones; 0.5 where one of the two vectors is zero, 0 where
-    both are.
-
-    Args:
-        input_BTI, output_BTI: finite, any float dtype [samples, tokens, features].
-
-    Returns:
-        The sum over tokens, and their number. Sums and numbers of micro-batches add up.
-    """
-    input_BTI, output_BTI = _directions(input_BTI), _directions(output_BTI)
-    # The arc cosine of a rounded cosine is NaN just above 1, and 3e-4 off just below it; this form of the angle is neither.
-    apart_BT, together_BT = (input_BTI - output_BTI).norm(dim=-1), (input_BTI + output_BTI).norm(dim=-1)
-    half_BT = torch.atan2(apart_BT.double(), together_BT.double())
-    return float((half_BT / (math.pi / 2)).sum()), half_BT.numel()
-
-
-def _directions(states_BTI: Tensor) -> Tensor:
-    """Vectors of length 1, or 0 where they are zero; float32 [samples, tokens, features]."""
-    states_BTI = states_BTI.float()
-    # Squares of the largest and the smallest numbers leave float32.
-    states_BTI = states_BTI / states_BTI.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return states_BTI / states_BTI.norm(dim=-1, keepdim=True).clamp_min(1.0)
-
-
 def keep_ratios(importance_B: Sequence[float], p: float, *, gain: float = 1.0) -> list[float]:
     """Share of its channels that every block keeps, by a sigmoid of its importance (CFSP, arXiv 2409.13199).
 
@@ -220,7 +161,7 @@ def keep_ratios(importance_B: Sequence[float], p: float, *, gain: float = 1.0) -
     published code.
 
     Args:
-        importance_B: of every block, as a mean over tokens (`angular`).
+        importance_B: of every block, as a mean over tokens (`statistics.Ends`).
         p: share of all channels to remove, in [0, 1).
         gain: of the sigmoid; 0 keeps the same share everywhere.
 

@@ -1,9 +1,9 @@
 """The layer-wise half of iCBS: swap kept and removed weights of a row while that lowers its reconstruction error.
 
 Removing the weights R of a row w changes its output on the inputs X by X_R w_R, so the row loses E = d H d^T with H = X^T X and
-d the removed weights; where the row is to come close to another one, its target t, d = t - w with the kept weights in w. It is the quadratic that iCBS (arXiv 2411.17796) takes of the loss, here of a layer's own and exact; the
-rows of a matrix share H and are independent. With c = d H, removing weight j (s_j = +1) or putting it back (s_j = -1) changes E
-by
+d the removed weights; where the row is to come close to another one, its target t, d = t - w with the kept weights in w. It is
+the quadratic that iCBS (arXiv 2411.17796) takes of the loss, here of a layer's own and exact; the rows of a matrix share H and
+are independent. With c = d H, removing weight j (s_j = +1) or putting it back (s_j = -1) changes E by
 
     f_j = 2 s_j w_j c_j + w_j^2 H_jj,        and both by        f_i + f_j - 2 w_i w_j H_ij
 
@@ -25,9 +25,7 @@ CHUNK = 1 << 16
 LEAST_GAIN = 1e-6
 
 
-def swap(
-    weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, pattern: Pattern, target_OI: Tensor | None = None
-) -> Tensor:
+def swap(weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, pattern: Pattern, target_OI: Tensor | None = None) -> Tensor:
     """Improve a mask by swaps within rows, or within the groups of N:M.
 
     Args:

@@ -117,6 +117,10 @@ FAMILIES = {
 }
 
 
+# Models whose blocks have widths of their own, as structured pruning writes them.
+FAMILIES |= {f"llmprune_{name}": FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3")}
+
+
 @dataclass(frozen=True)
 class Source:
     """A model directory on this machine, its name, and where it is on the Hub if it came from there."""
@@ -226,7 +230,9 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def _refuse_family(model_type: str | None) -> None:
-    raise LLMPruneError(f"Architecture {model_type!r} is not supported yet; supported are {', '.join(sorted(FAMILIES))}.")
+    raise LLMPruneError(
+        f"Architecture {model_type!r} is not supported yet; supported are {', '.join(sorted(name for name in FAMILIES if not name.startswith('llmprune_')))}."
+    )
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -357,8 +363,12 @@ class Skeleton:
 
     def _linears(self, index: int, family: Family) -> list[Linear]:
         found = []
+        modules = dict(self.blocks[index].named_modules())
         for suffix, role in family.roles.items():
-            module = self.blocks[index].get_submodule(suffix)
+            module = modules.get(suffix)
+            if module is None and self.config.model_type.startswith("llmprune_"):
+                continue  # its sub-layer was removed
+            assert module is not None
             name = f"{family.blocks}.{index}.{suffix}"
             found.append(Linear(name, role, index, module, type(module).__name__ == "Conv1D"))
         return found
@@ -369,6 +379,12 @@ class Skeleton:
         renamed = FAMILIES[self.config.model_type].stored_as.get(name, name)
         candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
         return next((candidate for candidate in candidates if candidate in self.checkpoint.entries), None)
+
+    def stored_name(self, name: str) -> str:
+        """A block parameter's name in the checkpoint; of a bias that the checkpoint lacks, the name it would have."""
+        if name in self.stored_names:
+            return self.stored_names[name]
+        return self.stored_names[name.removesuffix("bias") + "weight"].removesuffix("weight") + "bias"
 
     def _match_names(self) -> dict[str, str]:
         """Parameter name to name in the checkpoint."""

@@ -121,24 +121,81 @@ class IcbsOptions(BaseModel):
     save_every: int = Field(default=5, ge=1, description="Steps between two savings of the search's state.")
 
 
-# The published settings, by method. DSnoT's leave the MLP's masks as they are; iCBS's are those for a language model
-# (Mistral-7B), but for the tabu list, which is by visit stamps here as well.
-PAPER: dict[str, dict[str, object]] = {
-    "dsnot": {"accept": "always", "skip": ("gate", "up", "gate_up", "down")},
+class SearchOptions(BaseModel):
+    """How Týr, or `--allocation searched`, looks for the best distribution of a sparsity. In brackets the published values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    iterations: int = Field(
+        default=2, ge=0, le=8, description="Searches, each over levels half as far apart as the last one's; 0: uniform [4]."
+    )
+    interval: float = Field(default=0.125, gt=0, lt=1, description="Sparsity between two levels of the first search [0.125].")
+    levels: int = Field(default=9, ge=3, description="Levels of each sub-layer, its present one in the middle [9].")
+    generations: int = Field(default=12, ge=0, description="Generations of a search [50].")
+    offspring: int = Field(default=16, ge=1, description="Candidates of a generation [128].")
+    stages: tuple[tuple[int, int], ...] = Field(
+        default=((4, 1024), (1, 4096)),
+        min_length=1,
+        description="How many candidates survive on how many tokens, stage by stage [16 on 2048, 4 on 16384, 1 on 131072].",
+    )
+    top_k: int = Field(
+        default=512, ge=1, description="Logits per token that the dense model's predictions are compared on; the rest is one."
+    )
+    holdout: int = Field(
+        default=8, ge=2, description="Every so many-th calibration sample judges the result, and nothing else."
+    )
+    accumulate: Literal["expectation", "uniform", "center", "none"] = Field(
+        default="expectation",
+        description="What later blocks see of earlier ones while levels are made: all levels weighted by density, or alike, "
+        "the middle one, or the dense model.",
+    )
+    first_order: Literal["abs", "off", "signed"] = Field(
+        default="abs", description="How the gradient enters a unit's score: the paper's way, not at all, the code's [abs]."
+    )
+    step: int = Field(default=16, ge=1, description="FFN channels removed between two updates of the others [16].")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.levels % 2 == 0:
+            raise LLMPruneError(
+                f"The search's levels are {self.levels}: give an odd number, the present level and as many each side."
+            )
+        if any(survivors < 1 or tokens < 1 for survivors, tokens in self.stages):
+            raise LLMPruneError(f"The search's stages are {self.stages}: each needs at least one survivor and one token.")
+        return self
+
+
+# Named settings. "paper" is what was published: DSnoT's leave the MLP's masks as they are; iCBS's are those for a language
+# model (Mistral-7B), but for the tabu list, which is by visit stamps here as well.
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "dsnot": {"paper": {"accept": "always", "skip": ("gate", "up", "gate_up", "down")}},
     "icbs": {
-        "steps": 3000,
-        "scope": "linear",
-        "block_size": 4096,
-        "select": "gradient",
-        "fisher": "sequence",
-        "gamma": 0.75,
-        "adapt": False,
-        "margin": 0.0,
-        "ridge": 1e-3,
-        "solver": "anneal",
-        "fix_pruned": 0.42,
-        "fix_kept": 0.35,
-        "accept": "none",
-        "keep_best": False,
+        "paper": {
+            "steps": 3000,
+            "scope": "linear",
+            "block_size": 4096,
+            "select": "gradient",
+            "fisher": "sequence",
+            "gamma": 0.75,
+            "adapt": False,
+            "margin": 0.0,
+            "ridge": 1e-3,
+            "solver": "anneal",
+            "fix_pruned": 0.42,
+            "fix_kept": 0.35,
+            "accept": "none",
+            "keep_best": False,
+        }
+    },
+    "search": {
+        "smoke": {"iterations": 1, "generations": 2, "offspring": 4, "stages": ((2, 256), (1, 512))},
+        "fast": {},
+        "paper": {
+            "iterations": 4,
+            "generations": 50,
+            "offspring": 128,
+            "stages": ((16, 2048), (4, 16384), (1, 131072)),
+            "top_k": 8192,
+        },
     },
 }

@@ -281,9 +281,12 @@ class Output:
     def write_block(self, index: int, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         """Write a finished block's shards, then say so in the journal."""
         files = {}
-        for file, names in self._shards[index + 1]:
+        left = dict(tensors)
+        for number, (file, names) in enumerate(self._shards[index + 1], 1):
+            # A block may have lost tensors; what it has gained goes into its last shard.
+            taken = list(left) if number == len(self._shards[index + 1]) else [name for name in names if name in left]
             with self.writing(file):
-                files[file] = write_shard(self.directory / file, {name: tensors[name].contiguous() for name in names})
+                files[file] = write_shard(self.directory / file, {name: left.pop(name).contiguous() for name in taken})
         with self.writing("the journal"):
             self.journal.record(f"block {index}", files, facts)
 
@@ -346,21 +349,31 @@ class Output:
         """What was said of every block when it was written."""
         return [self.journal.facts(f"block {index}") for index in range(len(self._shards) - 1)]
 
-    def finish(self, recipe: str, record: Facts) -> None:
-        """Make the directory a model: configuration, tokenizer, index, recipe, and last the record."""
+    def finish(self, recipe: str, record: Facts, changed: Mapping[str, bytes] | None = None) -> None:
+        """Make the directory a model: configuration, tokenizer, index, recipe, and last the record.
+
+        Args:
+            recipe: as YAML.
+            record: what the record says besides hashes.
+            changed: files that are not, or not as they are, copied from the source, by name.
+        """
         source = self.checkpoint.directory
+        changed = changed or {}
         patterns = (*COPIED, "*.py") if _needs_code(source) else COPIED
-        weight_map = {name: file for group in self._shards for file, names in group for name in names}
-        total = sum(self.checkpoint.entries[name].nbytes for name in weight_map)
+        entries = self.written_entries()
+        weight_map = {name: entry.file.name for name, entry in entries.items()}
+        total = sum(entry.nbytes for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         copied = {}
         with self.writing("the model's configuration"):
             for pattern in patterns:
                 for file in sorted(source.glob(pattern)):
-                    if file.is_file():
+                    if file.is_file() and file.name not in changed:
                         with reading(file):
                             content = file.read_bytes()
                         copied[file.name] = write_file(self.directory / file.name, content)
+            for name, content in changed.items():
+                copied[name] = write_file(self.directory / name, content)
             full = {
                 "identity": self.identity,
                 "recipe_sha256": write_text(self.directory / RECIPE, recipe),
@@ -372,6 +385,14 @@ class Output:
             }
         self.write_record(full)
         self.complete = True
+
+    def written_entries(self) -> dict[str, Entry]:
+        """Every tensor that has been written."""
+        entries: dict[str, Entry] = {}
+        for group in self._shards:
+            for file, _ in group:
+                entries |= read_header(self.directory / file)
+        return entries
 
     def _shard_digests(self) -> dict[str, str]:
         names = {file for group in self._shards for file, _ in group}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from . import __version__, allocation, calibration, card, methods, sampling, settings
+from . import __version__, allocation, calibration, card, methods, sampling, settings, structure
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
@@ -30,6 +30,7 @@ from .refinement import observed
 from .scores import difference
 from .statistics import Statistic
 from .stream import Clock, Stream
+from .structure import Surgeon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +94,8 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     source = resolve(recipe.model, revision=recipe.revision, say=say)
     skeleton = Skeleton(source.directory, device=local_device(device), trust_remote_code=recipe.trust_remote_code)
     _check_pattern(recipe, skeleton)
+    if recipe.structured:
+        structure.check(recipe, skeleton)
     warnings = settings.ignored(recipe, method)
     recipe, continued = _continue(recipe, recipe.output or default_output(recipe, source))
     stored = next(iter(skeleton.block_entries(0).values())).dtype
@@ -161,13 +164,15 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
             say(f"{output.directory} already holds this run's finished result: nothing to do but what is left to measure.")
         else:
             output.finished_blocks = ranks.from_main(output.finished_blocks)
-            clock = _stream_blocks(ready, output, tokens, ranks, say, quiet)
+            stream = _stream_blocks(ready, output, tokens, ranks, say, quiet)
             if ranks.is_main:
-                record = _record(ready, output, tokens, clock)
+                surgeon = stream.cutter if isinstance(stream.cutter, Surgeon) else None
+                record = _record(ready, output, tokens, stream.clock, surgeon)
                 record |= {"seconds": round(time.time() - started, 1), "peak_rss_bytes": peak_rss()}
                 if skeleton.device.type == "cuda":
                     record["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
-                output.finish(recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml(), record)
+                settled = recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml()
+                output.finish(settled, record, surgeon.files() if surgeon else None)
         # A perplexity that cannot be measured takes nothing away from the model, which is finished.
         if evaluation and not _measured(record := output.read_record(), evaluation):
             record["perplexity"] = _evaluate(ready, Checkpoint.open(output.directory), evaluation, quiet)
@@ -217,7 +222,7 @@ def check_run(ready: Prepared) -> Path:
     return directory
 
 
-def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ranks: Ranks, say: Say, quiet: bool) -> Clock:
+def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ranks: Ranks, say: Say, quiet: bool) -> Stream:
     """Prune every block that is not finished yet."""
     recipe, skeleton = ready.recipe, ready.skeleton
     if output.finished_blocks:
@@ -227,20 +232,9 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
         share = ranks.together(lambda: ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1))
         ids_NT, first = tokens.ids_NT[share], share.start
     sparsities = None
-    if tokens and recipe.allocation == "block-influence":
-        with bar("block influence", len(skeleton.blocks), quiet=quiet) as advance:
-            influence_B = allocation.measure_influence(
-                skeleton,
-                tokens.ids_NT,
-                micro_batch=recipe.micro_batch or 1,
-                offload=recipe.offload_activations,
-                advance_progress=advance,
-            )
-        sizes_B = [sum(linear.numel for linear in linears) for linears in skeleton.linears]
-        sparsities = allocation.by_influence(influence_B, sizes_B, recipe.target)
-        say(f"sparsity by block influence: {min(sparsities):.1%} to {max(sparsities):.1%} of a block's weights")
-    steps = recipe.icbs.steps if recipe.icbs else 0
-    with bar(recipe.method, len(skeleton.blocks) + steps, quiet=quiet) as advance:
+    if tokens and not recipe.structured:
+        sparsities = _allotted(ready, tokens.ids_NT, say, quiet)
+    with bar(recipe.method, progress_steps(ready), quiet=quiet) as advance:
         stream = Stream(
             skeleton,
             ids_NT,
@@ -256,17 +250,52 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
             sparsities=sparsities,
         )
         ready.method.prune(stream, recipe)
-    return stream.clock
+    return stream
 
 
-def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clock) -> dict[str, object]:
+def _allotted(ready: Prepared, ids_NT: torch.Tensor, say: Say, quiet: bool) -> list[float] | None:
+    """The sparsity of every block, where they are not all alike."""
+    recipe, skeleton = ready.recipe, ready.skeleton
+    if recipe.allocation == "uniform":
+        return None
+    measure, share = {
+        "block-influence": (allocation.measure_influence, allocation.by_influence),
+        "owl": (allocation.measure_outliers, allocation.by_owl),
+    }[recipe.allocation]
+    with bar(recipe.allocation, len(skeleton.blocks), quiet=quiet) as advance:
+        measured_B = measure(
+            skeleton,
+            ids_NT,
+            micro_batch=recipe.micro_batch or 1,
+            offload=recipe.offload_activations,
+            advance_progress=advance,
+        )
+    sizes_B = [sum(linear.numel for linear in linears) for linears in skeleton.linears]
+    sparsities = share(measured_B, sizes_B, recipe.target)
+    say(f"sparsity by {recipe.allocation}: {min(sparsities):.1%} to {max(sparsities):.1%} of a block's weights")
+    return sparsities
+
+
+def progress_steps(ready: Prepared) -> int:
+    """How often a method advances its bar."""
+    blocks, recipe = len(ready.skeleton.blocks), ready.recipe
+    return blocks * (2 if recipe.method == "cfsp" else 1) + (recipe.icbs.steps if recipe.icbs else 0)
+
+
+def _record(
+    ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clock, surgeon: Surgeon | None
+) -> dict[str, object]:
     """What llmprune.json says, but for measurements that come after it."""
     recipe, skeleton = ready.recipe, ready.skeleton
     facts = output.block_facts()
     linears = {name: fact for block in facts for name, fact in cast(dict[str, Facts], block["linears"]).items()}
     prunable = skeleton.prunable_parameters()
     zeros = sum(int(str(fact["zeros"])) for fact in linears.values())
-    searched = output.read_progress()
+    widths: dict[str, object] = {}
+    if surgeon:
+        prunable, zeros = surgeon.counts()
+        widths["kept"], widths["dense_widths"] = surgeon.widths()
+    searched = output.read_progress() if recipe.icbs else None
     return {
         "complete": True,
         "model": {
@@ -286,9 +315,13 @@ def _record(ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clo
             "decoder": skeleton.decoder_parameters(),
             "prunable": prunable,
             "zero": zeros,
+            "stored": sum(entry.numel for entry in output.written_entries().values()),
         },
-        "blocks": [{key: value for key, value in block.items() if key in ("influence", "sparsity")} for block in facts],
+        "blocks": [
+            {key: value for key, value in block.items() if key in ("influence", "importance", "sparsity")} for block in facts
+        ],
         "linears": linears,
+        **widths,
         **({"search": searched[1]["history"]} if searched else {}),
         "clock_seconds": {key: round(value, 3) for key, value in asdict(clock).items()},
     }
@@ -418,13 +451,20 @@ def peak_rss() -> int:
 
 def default_output(recipe: Recipe, source: Source) -> Path:
     """`MODEL-METHOD-SPARSITY` or `MODEL-METHOD-2of4` in the current directory."""
-    amount = recipe.pattern.replace(":", "of") if ":" in recipe.pattern else f"{recipe.target:g}"
+    amount = recipe.pattern.replace(":", "of") if ":" in recipe.pattern else recipe.target_params or f"{recipe.target:g}"
     return Path(re.sub(r"[^\w.-]+", "-", f"{source.name}-{recipe.method}-{amount}"))
 
 
 def coverage_line(ready: Prepared) -> str:
     """Which matrices will be pruned."""
     skeleton = ready.skeleton
+    if ready.recipe.structured:
+        what = "FFN channels" + (" and attention heads" if ready.recipe.method == "tyr" else "")
+        prunable = structure.prunable_parameters(ready.recipe, skeleton)
+        return (
+            f"prunable: {what} of {len(skeleton.blocks)} blocks, {prunable / 1e6:.1f} M parameters = "
+            f"{prunable / skeleton.parameters():.1%} of the model"
+        )
     roles = list(dict.fromkeys(linear.role for linear in skeleton.linears[0]))
     return (
         f"prunable: {', '.join(roles)} of {len(skeleton.blocks)} blocks, {skeleton.prunable_parameters() / 1e6:.1f} M "

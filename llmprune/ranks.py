@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import LLMPruneError
-from .statistics import Statistic
+from .statistics import Ends, Statistic
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096
@@ -63,7 +63,7 @@ class Ranks:
         last = units * (self.rank + 1) // self.size
         return slice(first * unit, min(last * unit, samples))
 
-    def add(self, statistic: Statistic) -> None:
+    def add(self, statistic: Statistic | Ends) -> None:
         """Sum a statistic over all ranks, in place.
 
         Raises:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import LLMPruneError
-from .options import PAPER, DsnotOptions, IcbsOptions
+from .options import PRESETS, DsnotOptions, IcbsOptions, SearchOptions
 
 if TYPE_CHECKING:
     from .patterns import Pattern
@@ -50,7 +50,16 @@ IMPLIED: dict[str, dict[str, object]] = {
         "match": "dense",
         "sequential": "sublayer",
     },
+    "cfsp": {"allocation": "block-influence", "sequential": "sublayer"},
+    "tyr": {"allocation": "searched", "sequential": "sublayer"},
 }
+# Methods that remove FFN channels or attention heads, and what belongs to them alone.
+STRUCTURED = ("cfsp", "tyr")
+STRUCTURAL = ("of", "target_params", "multiple_of", "heads", "metric", "compensate", "format", "type_coupling")
+# What only methods that choose single weights can be told.
+WEIGHTWISE = ("pattern", "group", "refine", "reconstruct", "rounds")
+# Which method or option takes each group of options.
+OPTIONS: dict[str, type[BaseModel]] = {"dsnot": DsnotOptions, "icbs": IcbsOptions, "search": SearchOptions}
 
 
 class Recipe(BaseModel):
@@ -72,20 +81,47 @@ class Recipe(BaseModel):
     reconstruct: Literal["none", "sparsegpt", "lstsq"] = Field(
         "none", description="Fit the kept weights anew: SparseGPT's one sweep, or least squares."
     )
-    allocation: Literal["uniform", "block-influence"] = Field(
-        "uniform", description="Every block loses the same share, or less where it changes the hidden states more."
+    allocation: Literal["uniform", "owl", "block-influence", "searched"] = Field(
+        "uniform",
+        description="Every block loses the same share, or less where outliers are many (OWL), where it changes the hidden "
+        "states more, or as an evolutionary search finds best.",
+    )
+    of: Literal["prunable", "model"] = Field(
+        "prunable", description="What --sparsity is a fraction of: what the method can remove, or the whole model."
+    )
+    target_params: str | None = Field(None, description="Parameters to end with, as 100M or 6.5B, instead of --sparsity.")
+    multiple_of: int | None = Field(None, ge=1, description="FFN widths are multiples of this; by default 128, 32 or 16.")
+    heads: Literal["kv_group", "q_balanced"] = Field(
+        "kv_group",
+        description="Attention loses key-value heads with all their queries, or one query head of each key-value head.",
+    )
+    metric: Literal["wanda_sp", "act", "rel", "out_energy", "wifv", "magnitude", "random"] = Field(
+        "wanda_sp", description="How CFSP scores the channels of an FFN."
+    )
+    compensate: Literal["none", "bias", "lstsq"] = Field(
+        "none", description="What CFSP does for the channels that are gone: a bias, or the others fitted by least squares."
+    )
+    format: Literal["auto", "padded", "masked"] = Field(
+        "auto",
+        description="Smaller matrices, in a class of llmprune's where widths differ; padded to equal widths; zeros in place.",
+    )
+    type_coupling: Literal["separate", "joint"] = Field(
+        "separate", description="Týr conserves heads and channels each, or lets one trade with the other at equal parameters."
     )
     rounds: int = Field(0, ge=0, description="Rounds in which least squares chooses the mask anew (ADMM).")
     match: Literal["block", "dense"] = Field(
         "block",
-        description="Least squares and iCBS's swaps aim at a linear's output on its own inputs, or at what the dense model has there.",
+        description="Fits and iCBS's swaps aim at a linear's output on its own inputs, or at what the dense model has there.",
     )
     damping: float | None = Field(
-        None, gt=0, lt=1, description="Share of the Hessian's diagonal in iCBS's row errors and least squares."
+        None, gt=0, lt=1, description="Share of the Hessian's diagonal in iCBS's row errors, least squares and Týr."
     )
-    preset: Literal["paper"] | None = Field(None, description="DSnoT or iCBS with the published settings.")
+    preset: Literal["smoke", "fast", "paper"] | None = Field(
+        None, description="DSnoT, iCBS or a search with the published settings; a search also fast or as a smoke test."
+    )
     dsnot: DsnotOptions | None = Field(None, description="DSnoT's own options, as 'cycles: 10, accept: always'.")
     icbs: IcbsOptions | None = Field(None, description="iCBS's own options (method icbs), as 'steps: 100, gamma: 0.5'.")
+    search: SearchOptions | None = Field(None, description="The search's own options, as 'generations: 20, offspring: 32'.")
     steps: int | None = Field(None, description="Steps of method icbs, short for --icbs 'steps: N'.")
     calibration: str | None = Field(
         None,
@@ -115,20 +151,25 @@ class Recipe(BaseModel):
         if ":" in str(data.get("pattern")):  # every block of N:M loses the same
             implied.pop("allocation", None)
         data = {**implied, **data}
-        used = {"dsnot": data.get("refine") == "dsnot", "icbs": data.get("method") == "icbs"}
+        used = {
+            "dsnot": data.get("refine") == "dsnot",
+            "icbs": data.get("method") == "icbs",
+            "search": data.get("allocation") == "searched" or data.get("method") == "tyr",
+        }
         for name, own in used.items():
             given = data.get(name)
             if isinstance(given, str):
                 given = _flow_mapping(name, given)
             if own and (given is None or isinstance(given, dict)):
-                paper = PAPER[name] if data.get("preset") == "paper" else {}
+                preset = PRESETS[name].get(str(data.get("preset")), {})
                 steps = {"steps": data["steps"]} if name == "icbs" and data.get("steps") is not None else {}
-                given = {**paper, **(given or {}), **steps}
+                given = {**preset, **(given or {}), **steps}
             data[name] = given
         return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_structure()
         self._check_parts()
         nm = parse_nm(self.pattern)
         if self.sparsity is not None:
@@ -164,10 +205,10 @@ class Recipe(BaseModel):
                 "lstsq or leave --rounds out."
             )
         if self.match == "dense":
-            if self.reconstruct != "lstsq" and self.refine != "icbs":
+            if not (self.reconstruct == "lstsq" or self.refine == "icbs" or self.compensate == "lstsq" or self.method == "tyr"):
                 raise LLMPruneError(
-                    f"--match dense is for least squares and iCBS's swaps, but --reconstruct is {self.reconstruct} and --refine "
-                    f"{self.refine}: give --reconstruct lstsq or --refine icbs, or leave --match out."
+                    f"--match dense is for least squares and iCBS's swaps, but --reconstruct is {self.reconstruct} and "
+                    f"--refine {self.refine}: give --reconstruct lstsq or --refine icbs, or leave --match out."
                 )
             if self.sequential != "sublayer" or self.propagate != "pruned":
                 what = "--method best, which implies --match dense, " if self.method == "best" else "--match dense "
@@ -182,15 +223,66 @@ class Recipe(BaseModel):
             )
         if self.target == 0 and self.refine != "none":
             raise LLMPruneError(f"With --sparsity 0 --refine {self.refine} has no mask to refine: give a sparsity above 0.")
-        for name, used in (("dsnot", self.refine == "dsnot"), ("icbs", self.method == "icbs")):
+        searches = self.allocation == "searched" or self.method == "tyr"
+        for name, used, wanted in (
+            ("dsnot", self.refine == "dsnot", "--refine dsnot or --method dsnot"),
+            ("icbs", self.method == "icbs", "--method icbs"),
+            ("search", searches, "--method tyr or --allocation searched"),
+        ):
             if getattr(self, name) is not None and not used:
-                wanted = "--refine dsnot or --method dsnot" if name == "dsnot" else "--method icbs"
                 raise LLMPruneError(
                     f"--{name} has no effect with --method {self.method} --refine {self.refine}: give {wanted}."
                 )
-        for flag, value in (("steps", self.steps), ("preset", self.preset)):
-            if value is not None and not (self.method == "icbs" or (flag == "preset" and self.refine == "dsnot")):
+        presets = {preset for name in OPTIONS if getattr(self, name) is not None for preset in PRESETS[name]}
+        for flag, value, used in (
+            ("steps", self.steps, self.method == "icbs"),
+            ("preset", self.preset, self.preset in presets),
+        ):
+            if value is not None and not used:
                 raise LLMPruneError(f"--{flag} {value} has no effect with --method {self.method}: leave it out.")
+
+    def _check_structure(self) -> None:
+        """Raise `LLMPruneError` where structured pruning and pruning of single weights are mixed up."""
+        given = self.model_fields_set
+        if self.method not in STRUCTURED:
+            for name in STRUCTURAL:
+                if name in given and getattr(self, name) != type(self).model_fields[name].default:
+                    raise LLMPruneError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)} is for methods that remove channels or heads "
+                        f"({', '.join(STRUCTURED)}), not for {self.method}: leave it out."
+                    )
+            return
+        for name in WEIGHTWISE:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise LLMPruneError(
+                    f"--{name} {getattr(self, name)} is about single weights, and --method {self.method} removes whole "
+                    "channels or heads: leave it out."
+                )
+        if self.target_params is not None and (self.sparsity is not None or self.of == "model"):
+            raise LLMPruneError(
+                f"--target-params {self.target_params} says how much to remove, and so does --sparsity: give one of them."
+            )
+        allocations = ("uniform", "block-influence") if self.method == "cfsp" else ("uniform", "searched")
+        if self.allocation not in allocations:
+            raise LLMPruneError(
+                f"--method {self.method} shares its budget by {' or '.join(allocations)}, not by {self.allocation}: give "
+                "another --allocation."
+            )
+        for flag, methods in (
+            ("metric", ("cfsp",)),
+            ("compensate", ("cfsp",)),
+            ("heads", ("tyr",)),
+            ("type_coupling", ("tyr",)),
+        ):
+            if self.method not in methods and getattr(self, flag) != type(self).model_fields[flag].default:
+                raise LLMPruneError(
+                    f"--{flag.replace('_', '-')} {getattr(self, flag)} has no effect with --method {self.method}: leave it out."
+                )
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole channels or heads are removed."""
+        return self.method in STRUCTURED
 
     @property
     def target(self) -> float:
@@ -255,6 +347,14 @@ DECISIVE = (
     "damping",
     "dsnot",
     "icbs",
+    "search",
+    "of",
+    "multiple_of",
+    "heads",
+    "metric",
+    "compensate",
+    "format",
+    "type_coupling",
 )
 
 
@@ -300,6 +400,6 @@ def sentence(error: ValidationError, file: Path | None = None) -> str:
         where = f" in {file}" if file else ""
         known: list[str] = list(Recipe.model_fields)
         if len(first["loc"]) > 1:
-            known = list((DsnotOptions if first["loc"][0] == "dsnot" else IcbsOptions).model_fields)
+            known = list(OPTIONS[str(first["loc"][0])].model_fields)
         return f"Unknown option {option!r}{where}: known are {', '.join(known)}."
     return f"Option {option} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."

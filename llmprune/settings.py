@@ -13,6 +13,7 @@ from .models import Skeleton
 from .recipe import Recipe
 from .refinement import observed
 from .statistics import SplitHessian
+from .structure import parameters_asked_for
 
 # The papers' calibration set, used where a GPU makes it cheap.
 PAPER_SAMPLES, PAPER_SEQLEN = 128, 2048
@@ -70,7 +71,7 @@ def choose_dtype(recipe: Recipe, device: str, stored: torch.dtype) -> tuple[str,
 
 def fits(recipe: Recipe) -> bool:
     """Whether something is fitted to a damped Hessian."""
-    return recipe.refine == "icbs" or recipe.reconstruct == "lstsq"
+    return recipe.refine == "icbs" or "lstsq" in (recipe.reconstruct, recipe.compensate) or recipe.method == "tyr"
 
 
 def ignored(recipe: Recipe, method: Method) -> list[str]:
@@ -84,7 +85,9 @@ def ignored(recipe: Recipe, method: Method) -> list[str]:
     elif recipe.propagate == "dense" and recipe.sequential == "sublayer":
         warnings.append("--sequential sublayer had no effect: with --propagate dense a block runs once, as it is")
     if "damping" in given and not fits(recipe):
-        warnings.append("--damping had no effect: it belongs to --refine icbs and --reconstruct lstsq")
+        warnings.append(
+            "--damping had no effect: it belongs to --refine icbs, --reconstruct lstsq, --compensate lstsq and --method tyr"
+        )
     return warnings
 
 
@@ -104,6 +107,15 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
         if getattr(recipe, key) is None and key not in values:
             values[key], reasons[key] = value, reason
 
+    if recipe.target_params:
+        wanted, there = parameters_asked_for(recipe.target_params), skeleton.parameters()
+        if not 0 < wanted <= there:
+            raise LLMPruneError(
+                f"--target-params {recipe.target_params} is not within the {there / 1e6:.1f} M parameters that the model has: ask "
+                "for fewer."
+            )
+        values["of"] = "model"
+        choose("sparsity", 1 - wanted / there, f"what leaves {recipe.target_params} parameters")
     choose("sparsity", recipe.target, "what the pattern removes" if recipe.pattern != "unstructured" else "a half")
     limit = skeleton.max_tokens
     if recipe.seqlen and limit and recipe.seqlen > limit:

@@ -7,10 +7,12 @@ the sample and not the micro-batch, results do not depend on how samples were ba
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -27,6 +29,62 @@ def outlier_ratio(score_OI: Tensor, multiple: float = 5.0) -> float:
     should be pruned)."""
     # The sum of a bool tensor would be taken over a copy of eight bytes a weight.
     return int(torch.count_nonzero(score_OI > multiple * score_OI.mean())) / score_OI.numel()
+
+
+def angular(input_BTI: Tensor, output_BTI: Tensor) -> tuple[float, int]:
+    """How far a block turns the hidden states: the angle between its input and output, in half turns (CFSP, arXiv 2409.13199).
+
+    0 for the same direction, 0.5 for orthogonal ones, 1 for opposite ones; 0.5 where one of the two vectors is zero, 0 where
+    both are.
+
+    Args:
+        input_BTI, output_BTI: finite, any float dtype [samples, tokens, features].
+
+    Returns:
+        The sum over tokens, and their number. Sums and numbers of micro-batches add up.
+    """
+    input_BTI, output_BTI = _directions(input_BTI), _directions(output_BTI)
+    # The arc cosine of a rounded cosine is NaN just above 1, and 3e-4 off just below it; this form of the angle is neither.
+    apart_BT, together_BT = (input_BTI - output_BTI).norm(dim=-1), (input_BTI + output_BTI).norm(dim=-1)
+    half_BT = torch.atan2(apart_BT.double(), together_BT.double())
+    return float((half_BT / (math.pi / 2)).sum()), half_BT.numel()
+
+
+def _directions(states_BTI: Tensor) -> Tensor:
+    """Vectors of length 1, or 0 where they are zero; float32 [samples, tokens, features]."""
+    states_BTI = states_BTI.float()
+    # Squares of the largest and the smallest numbers leave float32.
+    states_BTI = states_BTI / states_BTI.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return states_BTI / states_BTI.norm(dim=-1, keepdim=True).clamp_min(1.0)
+
+
+class Ends:
+    """How a block's output differs from its input: sums over tokens that ranks can add."""
+
+    def __init__(self) -> None:
+        # Of the cosine similarity, of the angle over pi, and the number of tokens.
+        self.totals = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, input_BTI: Tensor, output_BTI: Tensor) -> None:
+        """Add samples: any float dtype [samples, tokens, features]."""
+        cosine_BT = cosine_similarity(input_BTI.float(), output_BTI.float(), dim=-1)
+        angle, tokens = angular(input_BTI, output_BTI)
+        self.totals += torch.tensor([float(cosine_BT.double().sum()), angle, tokens], dtype=torch.float64)
+
+    def sums(self) -> list[Tensor]:
+        return [self.totals]
+
+    @property
+    def influence(self) -> float | None:
+        """1 - the mean cosine similarity (ShortGPT, arXiv 2403.03853, equation 1); None before the first token."""
+        cosines, _, tokens = self.totals.tolist()
+        return 1 - cosines / tokens if tokens else None
+
+    @property
+    def angle(self) -> float:
+        """The mean angle over pi, in [0, 1] (CFSP, arXiv 2409.13199, section 3.1)."""
+        _, angles, tokens = self.totals.tolist()
+        return angles / tokens
 
 
 class Statistic(Protocol):

@@ -25,26 +25,26 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from .errors import LLMPruneError
 from .models import Linear, Skeleton
 from .output import Output
 from .ranks import Ranks
-from .statistics import CrossHessian, Statistic, all_finite
+from .statistics import CrossHessian, Ends, Statistic, all_finite
 
 S = TypeVar("S", bound=Statistic)
+C = TypeVar("C", bound="Cutter")
 Propagate = Literal["pruned", "dense"]
 Sequential = Literal["block", "sublayer"]
 
@@ -134,6 +134,16 @@ class Replay:
         return value
 
 
+class Cutter(Protocol):
+    """How a structured method's blocks lie on the disk."""
+
+    def store(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors as they are written, from those that ran."""
+
+    def restore(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors as they ran, from those that were written."""
+
+
 def _return_free_memory() -> None:
     """Give freed pages back to the system, where the C library can.
 
@@ -199,17 +209,20 @@ class Stream:
         self.activations: Activations | None = None
         # What the dense model has in the same place, where the two are matched.
         self.dense_activations: Activations | None = None
+        # How blocks are made smaller, once a method has decided that.
+        self.cutter: Cutter | None = None
+        self._forward = False
         self._writing: Future[None] | None = None
-        # Sum over tokens of the cosine similarity of the latest block's input and output, and how many tokens.
-        self.similarity = torch.zeros(2, dtype=torch.float64)
-        # The role that runs last in a block, once the first forward has shown it.
-        self.last_role: str | None = None
+        # What the latest block's input and output have to do with each other.
+        self.ends = Ends()
+        # The role that runs last in a block with these roles, once the first forward has shown it.
+        self.last_role: dict[tuple[str, ...], str] = {}
         # Roles that read the same tensor as another role which runs before them (k and v: q), likewise.
         self.leaders: dict[str, str] = {}
         if ids_NT is not None:
             samples = len(ids_NT)
             self.batches = [slice(i, min(i + micro_batch, samples)) for i in range(0, samples, micro_batch)]
-            self._offload = offload
+        self._offload = offload
 
     # Hidden states -----------------------------------------------------------------------------------------------
 
@@ -304,42 +317,73 @@ class Stream:
                 "compute in a wider type with --dtype float32."
             )
         if self.compare_ends:
-            cosine_BT = cosine_similarity(self.hidden(batch).float(), output_BTI.float(), dim=-1)
-            self.similarity += torch.tensor([float(cosine_BT.double().sum()), cosine_BT.numel()])
+            self.ends.update(self.hidden(batch), output_BTI)
         self._store(batch, output_BTI)
 
     # Blocks ------------------------------------------------------------------------------------------------------
 
-    def blocks(self) -> Iterator[Block]:
-        """The blocks that remain to be pruned, in order; finished ones are replayed from the output."""
+    def survey(self, *, propagate: Propagate = "dense") -> Stream:
+        """A stream over the same samples that only looks: nothing is written, and every block's output is computed."""
+        survey = Stream(
+            self.skeleton,
+            self.ids_NT,
+            propagate=propagate,
+            sequential="block" if propagate == "dense" else "sublayer",
+            offload=self._offload,
+            advance_progress=self.advance_progress,
+            ranks=self.ranks,
+            keep_last=propagate == "dense",
+            compare_ends=propagate == "dense",
+            first_sample=self.first_sample,
+        )
+        survey.batches, survey.clock = self.batches, self.clock
+        return survey
+
+    def operate(self, cutter: C) -> C:
+        """From now on blocks are written as `cutter` says."""
+        self.cutter = cutter
+        return cutter
+
+    def blocks(self, *, forward: bool = True) -> Iterator[Block]:
+        """The blocks that remain to be pruned, in order; finished ones are replayed from the output.
+
+        Args:
+            forward: whether the samples go through the blocks; a method that has seen all it needs only writes.
+        """
         finished = self.output.finished_blocks if self.output else 0
         count = len(self.skeleton.blocks)
         if finished == count:
             return
-        first = 0 if self.ids_NT is not None else finished  # without samples there is nothing to replay
+        self._forward = forward and self.ids_NT is not None
+        first = 0 if self._forward else finished  # without samples there is nothing to replay
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             reading = reader.submit(self._read_block, first, finished)
             if self.output and self.ranks.is_main:
                 self._writing = writer.submit(self.output.write_outer)
-            if self.ids_NT is not None:
+            if self._forward:
                 self.capture()
             for index in range(first, count):
                 with self.clock.measure("read_wait"):
                     stored = reading.result()
+                if index < finished and self.cutter and self.propagate == "pruned":
+                    stored = self.cutter.restore(index, stored)
                 if index + 1 < count:
                     reading = reader.submit(self._read_block, index + 1, finished)
                 if index < finished and self.match_dense:
                     self._advance_dense(index)
                 self.skeleton.fill_block(index, stored)
-                self.similarity.zero_()
+                self.ends = Ends()
                 block = Block(self, index)
                 if index >= finished:
                     yield block
                 block.advance()
                 if index >= finished and self.output and self.ranks.is_main:
-                    facts = block.facts()
+                    written = block.written(stored)
+                    facts = block.facts(written)
                     self.finish_writing()
-                    self._writing = writer.submit(self.output.write_block, index, self._stored_tensors(stored), facts)
+                    tensors = {self.skeleton.stored_name(name): tensor for name, tensor in written.items()}
+                    self._writing = writer.submit(self.output.write_block, index, tensors, facts)
+                    del written, tensors
                 self.skeleton.empty_block(index)
                 self.advance_progress(f"block {index}")
                 del stored, block
@@ -375,12 +419,10 @@ class Stream:
         if index < finished and self.propagate == "pruned":
             assert self.output is not None
             written = self.output.read_block(index)
-            return {name: written[self.skeleton.stored_names[name]] for name in self.skeleton.block_parameters(index)}
+            names = {self.skeleton.stored_name(name): name for name in self.skeleton.block_parameters(index)}
+            return {names[stored]: tensor for stored, tensor in written.items()}
         names = self.skeleton.stored_names
         return {name: self.skeleton.checkpoint.read(names[name]) for name in self.skeleton.block_parameters(index)}
-
-    def _stored_tensors(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {self.skeleton.stored_names[name]: tensor for name, tensor in stored.items()}
 
 
 class Block:
@@ -391,20 +433,28 @@ class Block:
         self.index = index
         self.linears = stream.skeleton.linears[index]
         # The samples already are this block's output.
-        self._advanced = stream.ids_NT is None or (index == len(stream.skeleton.blocks) - 1 and not stream.keep_last)
+        self._advanced = not stream._forward or (index == len(stream.skeleton.blocks) - 1 and not stream.keep_last)
+        self._roles = tuple(linear.role for linear in self.linears)
         self._needs_dense_output = stream.propagate == "dense" and not self._advanced
+        # What a method has to say about the block in the record.
+        self.notes: dict[str, object] = {}
 
-    def observe(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
+    def observe(self, kind: type[S], roles: Container[str] | None = None) -> Iterator[tuple[Linear, S]]:
         """The block's linears in the order they run, each with its inputs' statistic over all samples.
 
         Linears that read the same tensor (q, k and v; gate and up) share one statistic object. With
         `sequential="sublayer"` a linear runs as the caller leaves it before the next one is observed.
 
+        Args:
+            kind: the statistic.
+            roles: of the linears that are looked at, the same in all blocks of a stream; by default all.
+
         Raises:
             LLMPruneError: an activation is NaN or infinite.
         """
         one_pass = self.stream.sequential == "sublayer" and not self._needs_dense_output
-        pairs = self._observe_one_pass(kind) if one_pass else self._observe(kind)
+        linears = [linear for linear in self.linears if roles is None or linear.role in roles]
+        pairs = self._observe_one_pass(kind, linears) if one_pass else self._observe(kind, linears)
         clock = self.stream.clock
         while True:
             with clock.measure("observe"):
@@ -419,7 +469,7 @@ class Block:
                 yield linear, statistic
                 _return_free_memory()
 
-    def _observe(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
+    def _observe(self, kind: type[S], linears: list[Linear]) -> Iterator[tuple[Linear, S]]:
         """Statistics of all linears from one forward of the block as it is."""
         stream = self.stream
         statistics: dict[Linear, S] = {}
@@ -437,10 +487,10 @@ class Block:
                 if linear not in statistics:
                     statistics[linear] = kind(inputs.shape[-1], inputs.device)
                 statistics[linear].update(inputs.reshape(samples, -1, inputs.shape[-1]), first)
-            if linear.role == stream.last_role and not self._needs_dense_output:
+            if linear.role == stream.last_role.get(self._roles) and not self._needs_dense_output:
                 raise _Stop
 
-        handles = [linear.module.register_forward_pre_hook(partial(see, linear)) for linear in self.linears]
+        handles = [linear.module.register_forward_pre_hook(partial(see, linear)) for linear in linears]
         try:
             for batch, part in enumerate(stream.batches):
                 samples, first = part.stop - part.start, stream.first_sample + part.start
@@ -449,7 +499,8 @@ class Block:
                 except _Stop:
                     pass
                 else:
-                    stream.last_role = list(statistics)[-1].role
+                    if statistics:
+                        stream.last_role[self._roles] = list(statistics)[-1].role
                     if self._needs_dense_output:
                         stream.finish_forward(self.index, batch, output)
                 latest = owner = None
@@ -462,7 +513,7 @@ class Block:
             stream.ranks.add(statistic)
         yield from statistics.items()
 
-    def _observe_one_pass(self, kind: type[S]) -> Iterator[tuple[Linear, S]]:
+    def _observe_one_pass(self, kind: type[S], linears: list[Linear]) -> Iterator[tuple[Linear, S]]:
         """Like `_observe`, but each linear is yielded as soon as all samples have reached it.
 
         Where the dense model is matched, its micro-batches wait for the pruned model's at the same input; before the linears
@@ -470,7 +521,7 @@ class Block:
         """
         stream = self.stream
         hub = getcurrent()
-        order = {linear: position for position, linear in enumerate(self.linears)}
+        order = {linear: position for position, linear in enumerate(linears)}
         statistics: dict[Linear, S] = {}
         leaders: dict[str, str] = {}
 
@@ -490,7 +541,7 @@ class Block:
                 leaders[linear.role] = worker.leader.role
                 statistics[linear] = statistics[worker.leader]
                 hub.switch(linear)
-            if self._advanced and linear.role == stream.last_role:
+            if self._advanced and linear.role == stream.last_role.get(self._roles):
                 raise _Stop
 
         def write(linear: Linear, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -511,7 +562,7 @@ class Block:
             worker.ahead, worker.is_dense, worker.written = ahead, is_dense, 0.0
             return worker
 
-        handles = [linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in self.linears]
+        handles = [linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in linears]
         if stream.match_dense:
             writers = [linear for linear in self.linears if linear.role in stream.skeleton.writers]
             handles += [linear.module.register_forward_hook(partial(write, linear)) for linear in writers]
@@ -533,7 +584,7 @@ class Block:
                     stream.ranks.add(statistics[linear])
                 yield linear, statistics[linear]
                 # Those that read the same tensor are decided, too, so that a sample runs through all of them at once.
-                for other in self.linears:
+                for other in linears:
                     if stream.leaders.get(other.role) == linear.role:
                         yield other, statistics[linear]
                 for batch in [batch for batch, at in waiting.items() if at is linear]:
@@ -541,7 +592,8 @@ class Block:
                         waiting[batch] = arrived
                     else:
                         del waiting[batch]
-            stream.last_role = linear.role
+            if order:
+                stream.last_role[self._roles] = linear.role
             stream.leaders |= leaders
         finally:
             for handle in handles:
@@ -595,21 +647,31 @@ class Block:
 
         Over the samples of this rank; None for a block whose output nobody needed.
         """
-        cosines, tokens = self.stream.similarity.tolist()
-        return 1 - cosines / tokens if tokens else None
+        return self.stream.ends.influence
 
-    def facts(self) -> dict[str, object]:
+    def measure_importance(self) -> float:
+        """The mean angle between the block's input and output, over pi, of all ranks' samples; once the block has advanced."""
+        self.stream.ranks.add(self.stream.ends)
+        return self.stream.ends.angle
+
+    def written(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The block's tensors, by parameter name, as they go to the disk."""
+        cutter = self.stream.cutter
+        return cutter.store(self.index, stored) if cutter else stored
+
+    def facts(self, written: Mapping[str, Tensor]) -> dict[str, object]:
         """What became of the block and its linears, for the record."""
-        linears = {
-            linear.name: {
-                "role": linear.role,
-                "shape": list(linear.shape),
-                "tensor": self.stream.skeleton.stored_names[f"{linear.name}.weight"],
-                "transposed": linear.transposed,
-                "zeros": linear.zeros,
-                **linear.facts,
-            }
-            for linear in self.linears
-        }
+        linears = {}
+        for linear in self.linears:
+            weight = written.get(f"{linear.name}.weight")
+            if weight is not None:  # of a sub-layer that was removed nothing is left
+                linears[linear.name] = {
+                    "role": linear.role,
+                    "shape": list(weight.shape[::-1] if linear.transposed else weight.shape),
+                    "tensor": self.stream.skeleton.stored_name(f"{linear.name}.weight"),
+                    "transposed": linear.transposed,
+                    "zeros": weight.numel() - int(torch.count_nonzero(weight)),
+                    **linear.facts,
+                }
         allotted = {} if self.sparsity is None else {"sparsity": self.sparsity}
-        return {"influence": self.influence, **allotted, "linears": linears}
+        return {"influence": self.influence, **allotted, **self.notes, "linears": linears}

@@ -16,21 +16,19 @@ from transformers import LlamaForCausalLM
 from llmprune.allocation import (
     LARGEST,
     SAMPLES,
-    angular,
     apportion,
     by_influence,
     by_owl,
     evenly,
     keep_ratios,
     measure_outliers,
-    meet,
     width_multiple,
     widths,
 )
 from llmprune.errors import LLMPruneError
 from llmprune.models import Skeleton
 from llmprune.patterns import removed_count
-from llmprune.statistics import outlier_ratio
+from llmprune.statistics import angular, outlier_ratio
 from llmprune.stream import Stream
 
 SHARES = st.integers(0, 10**6).map(lambda millionths: millionths / 10**6)
@@ -188,57 +186,6 @@ GROUPS = st.lists(st.lists(st.tuples(st.integers(1, 4), st.integers(4, 40)), min
 def removed(sparsities, groups_B):
     pairs = zip(sparsities, groups_B, strict=True)
     return sum(number * removed_count(size, sparsity) for sparsity, groups in pairs for number, size in groups)
-
-
-@given(groups_B=GROUPS, target=st.floats(0.1, 0.9), data=st.data())
-@settings(max_examples=60)
-def test_no_common_shift_comes_closer_to_the_wanted_number_of_weights(groups_B, target, data):
-    sizes = [sum(number * size for number, size in groups) for groups in groups_B]
-    shares = data.draw(st.lists(SHARES, min_size=len(sizes), max_size=len(sizes)))
-    sparsities = by_owl(shares, sizes, target)
-    met = meet(sparsities, groups_B, target)
-    miss = abs(removed(met, groups_B) - target * sum(sizes))
-    shift = max(raised - sparsity for raised, sparsity in zip(met, sparsities, strict=True))
-    assert met == pytest.approx([min(sparsity + shift, 1.0) for sparsity in sparsities], rel=0, abs=1e-12)
-    # Between two places where some group's count steps, nothing changes: one shift for each such stretch is all there are.
-    steps = {
-        Fraction(k, size) - Fraction(sparsity)
-        for sparsity, groups in zip(sparsities, groups_B, strict=True)
-        for _, size in groups
-        for k in range(size + 1)
-    }
-    for step in steps:
-        for nudge in (-1e-9, 1e-9):
-            other = [min(max(sparsity + float(step) + nudge, 0.0), 1.0) for sparsity in sparsities]
-            assert miss <= abs(removed(other, groups_B) - target * sum(sizes)) + 1e-6
-
-
-def test_a_whole_matrix_as_one_group_meets_the_target_to_a_few_weights():
-    groups_B = [[(1, 4096), (1, 2048), (1, 2048), (1, 4096), (1, 11008), (1, 11008), (1, 11008)]] * 5
-    sizes = [sum(size for _, size in groups) for groups in groups_B]
-    sparsities = by_influence([0.3, 0.1, 0.05, 0.07, 0.2], sizes, 0.5)
-    wanted = sum(sizes) / 2
-    assert removed(sparsities, groups_B) < wanted - 10
-    assert abs(removed(meet(sparsities, groups_B, 0.5), groups_B) - wanted) <= 2
-
-
-def test_counts_that_meet_the_target_are_left_alone():
-    assert meet([0.25, 0.75], [[(3, 8)], [(3, 8)]], 0.5) == [0.25, 0.75]
-
-
-# Angles -----------------------------------------------------------------------------------------------------------------
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def angle(inputs, outputs):
-    total, count = angular(inputs, outputs)
-    assert count == inputs.shape[0] * inputs.shape[1]
-    return total / count
-
-
-def states(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

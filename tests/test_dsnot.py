@@ -9,11 +9,10 @@ from safetensors.torch import load_file
 
 from llmprune.methods import dsnot
 from llmprune.methods.dsnot import Moments, refine
-from llmprune.options import PAPER as PRESETS
-from llmprune.options import DsnotOptions
+from llmprune.options import PRESETS, DsnotOptions
 from llmprune.patterns import NM, Pattern, Unstructured
 
-PAPER = DsnotOptions.model_validate(PRESETS["dsnot"])
+PAPER = DsnotOptions.model_validate(PRESETS["dsnot"]["paper"])
 
 DEFAULT = DsnotOptions()
 PUBLISHED = DsnotOptions(accept="always")

@@ -14,8 +14,7 @@ from llmprune.curvature import Probe, differentiate, mean_loss
 from llmprune.errors import LLMPruneError
 from llmprune.methods import icbs
 from llmprune.models import Linear, Skeleton
-from llmprune.options import PAPER as PRESETS
-from llmprune.options import IcbsOptions
+from llmprune.options import PRESETS, IcbsOptions
 from llmprune.output import Output
 from llmprune.recipe import Recipe
 from llmprune.sampling import sample_from_model
@@ -315,7 +314,7 @@ def test_micro_batches_do_not_change_the_masks(llama_dir, ids_NT):
 
 
 def test_the_papers_options_run(llama_dir, ids_NT):
-    done = finished(llama_dir, ids_NT, **{**PRESETS["icbs"], "steps": 3, "block_size": 64, "solver": "descent"})
+    done = finished(llama_dir, ids_NT, **{**PRESETS["icbs"]["paper"], "steps": 3, "block_size": 64, "solver": "descent"})
     assert all(entry["swaps"] == entry["proposed"] for entry in done.history[1:])
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from llmprune import methods
 from llmprune.errors import LLMPruneError
-from llmprune.options import PAPER, DsnotOptions, IcbsOptions
+from llmprune.options import PRESETS, DsnotOptions, IcbsOptions
 from llmprune.recipe import DECISIVE, IMPLIED, Recipe, from_options, parse_nm
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -84,7 +84,7 @@ def test_options_of_a_method_may_be_text_or_a_mapping_and_exist_only_where_they_
 
 
 def test_the_papers_settings_are_those_published_but_for_what_is_given():
-    assert Recipe(model="m", method="dsnot", preset="paper").dsnot == DsnotOptions(**PAPER["dsnot"])
+    assert Recipe(model="m", method="dsnot", preset="paper").dsnot == DsnotOptions(**PRESETS["dsnot"]["paper"])
     assert Recipe(model="m", method="icbs", preset="paper").icbs == IcbsOptions(**PAPER["icbs"])
     assert Recipe(model="m", method="dsnot", preset="paper", dsnot="cycles: 7").dsnot.cycles == 7
     assert Recipe(model="m", method="icbs", preset="paper", steps=9, icbs="steps: 5").icbs.steps == 9
