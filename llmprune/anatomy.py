@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,6 +28,7 @@ SubLayer = Literal["attention", "mlp"]
 Layout = Literal["channel", "channel twice", "head", "kv", "q k v", "q k v by head"]
 
 PREFIX = "llmprune_"
+DOWN_BIAS = "down_proj_bias"
 # Families whose blocks may be stored smaller, by the names of their classes: modeling_llmprune.py has one for each.
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # Layouts whose units belong to a sub-layer.
@@ -111,6 +112,15 @@ class Anatomy:
                 f"Architecture {self.family!r} cannot be stored with fewer channels or heads (only {', '.join(CLASSES)} can): "
                 "pass --format masked, which zeroes them."
             )
+
+    def with_down_bias(self) -> Anatomy:
+        """The same blocks with a bias on down, for methods that make up there for the channels that go.
+
+        The tensors are then to hold a "mlp.down_proj.bias"; only our own model classes have one alone.
+        """
+        assert self.physical
+        down = replace(self.linears["mlp.down_proj"], bias=True)
+        return replace(self, linears={**self.linears, "mlp.down_proj": down})
 
     def keeps_bias(self, sublayer: SubLayer) -> bool:
         """Whether the sub-layer adds a bias that belongs to none of its units."""
@@ -199,6 +209,8 @@ def _linears(family: str, config: PretrainedConfig) -> dict[str, Cut]:
         attention = bool(getattr(config, "attention_bias", False)) and family != "mistral"
         into = attention or family == "qwen2"
         mlp = family == "llama" and bool(getattr(config, "mlp_bias", False))
+        # A key of ours: see `Anatomy.with_down_bias`.
+        down = mlp or bool(getattr(config, DOWN_BIAS, False))
         return {
             "self_attn.q_proj": Cut("head", bias=into),
             "self_attn.k_proj": Cut("kv", bias=into),
@@ -206,7 +218,7 @@ def _linears(family: str, config: PretrainedConfig) -> dict[str, Cut]:
             "self_attn.o_proj": Cut(None, "head", bias=attention and family != "qwen2"),
             "mlp.gate_proj": Cut("channel", bias=mlp),
             "mlp.up_proj": Cut("channel", bias=mlp),
-            "mlp.down_proj": Cut(None, "channel", bias=mlp),
+            "mlp.down_proj": Cut(None, "channel", bias=down),
         }
     if family == "phi3":
         return {

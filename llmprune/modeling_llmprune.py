@@ -6,7 +6,8 @@ installed: `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=Tr
 
 Each class is transformers' own with one difference: block i is built from `config.per_layer_config[i]`, where transformers
 keeps `intermediate_size`, `num_attention_heads`, `num_key_value_heads` of a single layer, and `skip` names sub-layers
-("attention", "mlp") that the block lacks. What blocks compute is transformers' code.
+("attention", "mlp") that the block lacks. With `down_proj_bias`, down_proj has a bias. What blocks compute is transformers'
+code.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class PerLayerConfig:
                     f"{layer.num_key_value_heads} key-value heads."
                 )
 
+    def validate_rope(self) -> None:
+        # The parent's, of one layer: it asks for the number of heads, which must not be read where layers differ in it.
+        super(PerLayerConfig, self.per_layer_config[0]).validate_rope()  # type: ignore[attr-defined,misc]
+
 
 class PerLayerModel:
     """In front of a stock model: its blocks, each from its own configuration."""
@@ -109,6 +114,11 @@ class PerLayerModel:
         model.rotary_emb.config = layers[0]  # type: ignore[union-attr]
         self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers judges by the source of a model's module, and this one computes no attention itself.
+        return True
+
     def _block(self, config: PretrainedConfig, layer: PretrainedConfig, index: int) -> nn.Module:
         block = self.decoder_layer(layer, index)
         # The model's configuration, not a copy: that is where set_attn_implementation says what runs attention.
@@ -118,6 +128,9 @@ class PerLayerModel:
             block.self_attn, block.input_layernorm = AbsentAttention(index), nn.Identity()
         if "mlp" in skip:
             block.mlp, block.post_attention_layernorm = AbsentMLP(), nn.Identity()
+        elif getattr(layer, "down_proj_bias", False):
+            # Makes up for channels that were removed.
+            block.get_submodule("mlp").down_proj = nn.Linear(layer.intermediate_size, layer.hidden_size)
         return block
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .anatomy import (
     CLASSES,
+    DOWN_BIAS,
     PREFIX,
     Anatomy,
     Format,
@@ -305,27 +306,32 @@ def config_json(
     """
     anatomy.check_format(format)
     content: dict[str, object] = copy.deepcopy(dict(config))
-    if format == "masked":
+    down_bias = anatomy.physical and anatomy.linears["mlp.down_proj"].bias and not content.get("mlp_bias")
+    if format == "masked" and not down_bias:
         return content, str(content.get("model_type")).startswith(PREFIX)
-    sizes = (plan.padded(anatomy),) if format == "padded" else plan.stored_sizes(anatomy)
+    if format == "padded" and down_bias:
+        raise LLMPruneError(f"The stock {anatomy.family} class has no bias to compensate with: leave out --format padded.")
+    if format == "padded":
+        sizes: tuple[Sizes, ...] = (plan.padded(anatomy),)
+    else:
+        sizes = plan.sizes if format == "masked" else plan.stored_sizes(anatomy)
     widest = Sizes(*(max(1, *values) for values in zip(*((s.channels, s.heads, s.kv_heads) for s in sizes), strict=True)))
     content = {key: value for key, value in content.items() if key not in ("auto_map", "per_layer_config")}
     content |= _widths(widest) | {"head_dim": anatomy.head_dim}
-    if set(sizes) == {widest} and _stock_accepts(anatomy, widest.heads):
+    if set(sizes) == {widest} and _stock_accepts(anatomy, widest.heads) and not down_bias:
         content |= {"model_type": anatomy.family, "architectures": [f"{CLASSES[anatomy.family]}ForCausalLM"]}
         return content, False
     ours = f"LLMPrune{CLASSES[anatomy.family]}"
     module = MODELING_FILE.removesuffix(".py")
+    digits = len(str(len(sizes) - 1))
+    overrides = {str(index).zfill(digits): _overrides(each, widest) for index, each in enumerate(sizes)}
     content |= {
         "model_type": PREFIX + anatomy.family,
         "architectures": [f"{ours}ForCausalLM"],
         "auto_map": {"AutoConfig": f"{module}.{ours}Config", "AutoModelForCausalLM": f"{module}.{ours}ForCausalLM"},
-        "per_layer_config": {},
+        "per_layer_config": {index: override for index, override in overrides.items() if override},
     }
-    digits = len(str(len(sizes) - 1))
-    overrides = {str(index).zfill(digits): _overrides(each, widest) for index, each in enumerate(sizes)}
-    content["per_layer_config"] = {index: override for index, override in overrides.items() if override}
-    return content, True
+    return content | ({DOWN_BIAS: True} if down_bias else {}), True
 
 
 def _widths(sizes: Sizes) -> dict[str, object]:
