@@ -230,9 +230,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def _refuse_family(model_type: str | None) -> None:
-    raise LLMPruneError(
-        f"Architecture {model_type!r} is not supported yet; supported are {', '.join(sorted(name for name in FAMILIES if not name.startswith('llmprune_')))}."
-    )
+    supported = ", ".join(sorted(name for name in FAMILIES if not name.startswith("llmprune_")))
+    raise LLMPruneError(f"Architecture {model_type!r} is not supported yet; supported are {supported}.")
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -175,7 +175,7 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
                 output.finish(settled, record, surgeon.files() if surgeon else None)
         # A perplexity that cannot be measured takes nothing away from the model, which is finished.
         if evaluation and not _measured(record := output.read_record(), evaluation):
-            record["perplexity"] = _evaluate(ready, Checkpoint.open(output.directory), evaluation, quiet)
+            record["perplexity"] = _evaluate(ready, output.directory, evaluation, quiet)
             output.write_record(record)
         if ranks.is_main:
             card.write(output.directory)
@@ -258,10 +258,8 @@ def _allotted(ready: Prepared, ids_NT: torch.Tensor, say: Say, quiet: bool) -> l
     recipe, skeleton = ready.recipe, ready.skeleton
     if recipe.allocation == "uniform":
         return None
-    measure, share = {
-        "block-influence": (allocation.measure_influence, allocation.by_influence),
-        "owl": (allocation.measure_outliers, allocation.by_owl),
-    }[recipe.allocation]
+    outliers = recipe.allocation == "owl"
+    measure = allocation.measure_outliers if outliers else allocation.measure_influence
     with bar(recipe.allocation, len(skeleton.blocks), quiet=quiet) as advance:
         measured_B = measure(
             skeleton,
@@ -271,7 +269,7 @@ def _allotted(ready: Prepared, ids_NT: torch.Tensor, say: Say, quiet: bool) -> l
             advance_progress=advance,
         )
     sizes_B = [sum(linear.numel for linear in linears) for linears in skeleton.linears]
-    sparsities = share(measured_B, sizes_B, recipe.target)
+    sparsities = (allocation.by_owl if outliers else allocation.by_influence)(measured_B, sizes_B, recipe.target)
     say(f"sparsity by {recipe.allocation}: {min(sparsities):.1%} to {max(sparsities):.1%} of a block's weights")
     return sparsities
 
@@ -393,10 +391,14 @@ def _measured(record: dict[str, object], text: TokenSet) -> bool:
     return isinstance(found, dict) and found.get("tokens_sha256") == text.sha256
 
 
-def _evaluate(ready: Prepared, pruned: Checkpoint, text: TokenSet, quiet: bool) -> dict[str, object]:
+def _evaluate(ready: Prepared, directory: Path, text: TokenSet, quiet: bool) -> dict[str, object]:
     """Token perplexity of the dense and of the pruned model on the same windows."""
     dense = measure(ready.skeleton, text, label="dense", quiet=quiet)
-    found = measure(ready.skeleton.with_checkpoint(pruned), text, label="pruned", quiet=quiet)
+    if ready.recipe.structured:
+        pruned = Skeleton(directory, dtype=ready.skeleton.dtype, device=ready.skeleton.device)
+    else:
+        pruned = ready.skeleton.with_checkpoint(Checkpoint.open(directory))
+    found = measure(pruned, text, label="pruned", quiet=quiet)
     return {
         "dense": dense.metrics["perplexity"],
         "pruned": found.metrics["perplexity"],

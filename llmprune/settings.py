@@ -111,8 +111,8 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
         wanted, there = parameters_asked_for(recipe.target_params), skeleton.parameters()
         if not 0 < wanted <= there:
             raise LLMPruneError(
-                f"--target-params {recipe.target_params} is not within the {there / 1e6:.1f} M parameters that the model has: ask "
-                "for fewer."
+                f"--target-params {recipe.target_params} is not within the {there / 1e6:.1f} M parameters that the model "
+                "has: ask for fewer."
             )
         values["of"] = "model"
         choose("sparsity", 1 - wanted / there, f"what leaves {recipe.target_params} parameters")

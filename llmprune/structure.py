@@ -1,7 +1,7 @@
 """What structured methods share: how much goes, how a block loses it, and what is written of it.
 
-A method decides what every block keeps (`surgery.Kept`). While samples go through, a cut block has zeros in place of what is gone
-(`Surgeon.cut`); on its way to the disk the zeros are left out, padded or left in, as the recipe's format says.
+A method decides what every block keeps (`anatomy.Kept`). While samples go through, a cut block has zeros in place of what is
+gone (`Surgeon.cut`); on its way to the disk the zeros are left out, padded or left in, as the recipe's format says.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def check(recipe: Recipe, skeleton: Skeleton) -> None:
         )
     if recipe.compensate == "bias" and recipe.format == "padded" and not anatomy.linears[down_name(anatomy)].bias:
         raise LLMPruneError(
-            f"The stock classes of {anatomy.family!r} have no bias in the FFN to compensate with: leave out --format padded, or "
-            "give another --compensate."
+            f"The stock classes of {anatomy.family!r} have no bias in the FFN to compensate with: leave out --format padded, "
+            "or give another --compensate."
         )
 
 
@@ -174,7 +174,7 @@ class Surgeon:
         return prunable_parameters(self.recipe, self.skeleton), before - self.plan().parameters(self.source)
 
     def files(self) -> dict[str, bytes]:
-        """What lies beside the weights because of the surgery: config.json, the plan, and code where stock classes do not do."""
+        """What lies beside the weights because of the surgery: config.json, the plan, code where stock classes do not do."""
         config = json.loads((self.skeleton.checkpoint.directory / "config.json").read_text(encoding="utf-8"))
         plan = self.plan()
         changed, needs_code = surgery.config_json(config, plan, self.anatomy, self.recipe.format)
