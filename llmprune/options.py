@@ -141,9 +141,6 @@ class SearchOptions(BaseModel):
     top_k: int = Field(
         default=512, ge=1, description="Logits per token that the dense model's predictions are compared on; the rest is one."
     )
-    holdout: int = Field(
-        default=8, ge=2, description="Every so many-th calibration sample judges the result, and nothing else."
-    )
     accumulate: Literal["expectation", "uniform", "center", "none"] = Field(
         default="expectation",
         description="What later blocks see of earlier ones while levels are made: all levels weighted by density, or alike, "

@@ -232,7 +232,16 @@ class Output:
         else:
             marker.touch()
         ours = (RECIPE, *COPIED, *ABOUT) if marker.stat().st_size else ()
-        for pattern in (JOURNAL, f"{STATE}/progress*", INDEX, "model*.safetensors", "pytorch_model*.bin*", ".*.tmp", *ours):
+        for pattern in (
+            JOURNAL,
+            f"{STATE}/progress*",
+            f"{STATE}/supernet*",
+            INDEX,
+            "model*.safetensors",
+            "pytorch_model*.bin*",
+            ".*.tmp",
+            *ours,
+        ):
             for file in self.directory.glob(pattern):
                 file.unlink()
                 if file.parent not in (self.directory, self.directory / STATE):
@@ -345,9 +354,13 @@ class Output:
         with self.writing(RECORD):
             write_record(self.directory, record)
 
-    def block_facts(self) -> list[dict[str, object]]:
-        """What was said of every block when it was written."""
-        return [self.journal.facts(f"block {index}") for index in range(len(self._shards) - 1)]
+    def block_facts(self, count: int | None = None) -> list[dict[str, object]]:
+        """What was said of every block, or the first few, when it was written; by the file, so that any rank may ask."""
+        blocks = range(len(self._shards) - 1 if count is None else count)
+        with reading(self.directory / JOURNAL):
+            lines = (self.directory / JOURNAL).read_bytes().splitlines(keepends=True)[1:]
+        steps = {str(step["step"]): step["facts"] for step in map(unsealed, lines)}
+        return [cast("dict[str, object]", steps[f"block {index}"]) for index in blocks]
 
     def finish(self, recipe: str, record: Facts, changed: Mapping[str, bytes] | None = None) -> None:
         """Make the directory a model: configuration, tokenizer, index, recipe, and last the record.

@@ -249,6 +249,7 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
             first_sample=first,
             sparsities=sparsities,
         )
+        stream.calibration_NT = tokens.ids_NT if tokens else None
         ready.method.prune(stream, recipe)
     return stream
 
@@ -277,7 +278,11 @@ def _allotted(ready: Prepared, ids_NT: torch.Tensor, say: Say, quiet: bool) -> l
 def progress_steps(ready: Prepared) -> int:
     """How often a method advances its bar."""
     blocks, recipe = len(ready.skeleton.blocks), ready.recipe
-    return blocks * (2 if recipe.method == "cfsp" else 1) + (recipe.icbs.steps if recipe.icbs else 0)
+    if recipe.method == "cfsp":
+        return 2 * blocks
+    if recipe.method == "tyr" and recipe.search and recipe.allocation == "searched":
+        return blocks + recipe.search.iterations * (blocks + recipe.search.generations)
+    return blocks + (recipe.icbs.steps if recipe.icbs else 0)
 
 
 def _record(
@@ -293,7 +298,7 @@ def _record(
     if surgeon:
         prunable, zeros = surgeon.counts()
         widths["kept"], widths["dense_widths"] = surgeon.widths()
-    searched = output.read_progress() if recipe.icbs else None
+    searched = output.read_progress() if recipe.icbs or recipe.search else None
     return {
         "complete": True,
         "model": {
@@ -320,7 +325,7 @@ def _record(
         ],
         "linears": linears,
         **widths,
-        **({"search": searched[1]["history"]} if searched else {}),
+        **({"search" if recipe.icbs else "evolution": searched[1]["history"]} if searched else {}),
         "clock_seconds": {key: round(value, 3) for key, value in asdict(clock).items()},
     }
 

@@ -69,10 +69,17 @@ class Ranks:
         Raises:
             LostRank: another rank has died.
         """
-        if self.size == 1:
-            return
         for tensor in statistic.sums():
-            _contact(lambda tensor=tensor: dist.all_reduce(tensor))  # type: ignore[misc]
+            self.sum(tensor)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Sum a tensor over all ranks, in place.
+
+        Raises:
+            LostRank: another rank has died.
+        """
+        if self.size > 1:
+            _contact(lambda: dist.all_reduce(tensor))
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; if it is bad input on any of them, that is everybody's error.

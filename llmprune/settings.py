@@ -166,4 +166,21 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
             choose("damping", 0.5, "much of what the dense model's outputs ask for is noise")
         few = fitted < TOKENS_PER_INPUT
         choose("damping", 0.3 if few else 0.1, f"{fitted:.0f} tokens per input of the widest linear{', few' if few else ''}")
-    return recipe.model_copy(update=values), reasons
+    settled = recipe.model_copy(update=values)
+    if settled.search:
+        _check_pool(settled)
+    return settled, reasons
+
+
+def _check_pool(recipe: Recipe) -> None:
+    """Raise `LLMPruneError` if a stage of the search wants more tokens than the calibration set has for it."""
+    assert recipe.search
+    assert recipe.samples
+    assert recipe.seqlen
+    every = SplitHessian.EVERY
+    pool, wanted = recipe.samples - recipe.samples // every, max(tokens for _, tokens in recipe.search.stages)
+    if recipe.samples < every or wanted > pool * recipe.seqlen:
+        raise LLMPruneError(
+            f"The search compares candidates on up to {wanted} tokens and judges on every {every}th sample, but {recipe.samples} "
+            f"samples of {recipe.seqlen} leave it {pool * recipe.seqlen}: give more --samples, or smaller stages by --search."
+        )

@@ -262,9 +262,10 @@ class SplitHessian(Hessian):
                 super().update(inputs_TI[None])
                 self.totals_I += inputs_TI.sum(dim=0, dtype=torch.float64)
 
-    def holds_out(self, sample: int) -> bool:
+    @classmethod
+    def holds_out(cls, sample: int) -> bool:
         """Whether a calibration sample is kept from the fit."""
-        return sample % self.EVERY == self.EVERY - 1
+        return sample % cls.EVERY == cls.EVERY - 1
 
     def sums(self) -> list[Tensor]:
         return [*super().sums(), self.totals_I, *self.fresh.sums()]

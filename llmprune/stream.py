@@ -203,6 +203,8 @@ class Stream:
         self.compare_ends = compare_ends or output is not None
         self.sparsities = sparsities
         self.first_sample = first_sample
+        # All ranks' samples, for what looks at the whole model.
+        self.calibration_NT = ids_NT
         self.clock = Clock()
         self.replay = Replay()
         self.batches: list[slice] = []
