@@ -181,6 +181,7 @@ def _check_pool(recipe: Recipe) -> None:
     pool, wanted = recipe.samples - recipe.samples // every, max(tokens for _, tokens in recipe.search.stages)
     if recipe.samples < every or wanted > pool * recipe.seqlen:
         raise LLMPruneError(
-            f"The search compares candidates on up to {wanted} tokens and judges on every {every}th sample, but {recipe.samples} "
-            f"samples of {recipe.seqlen} leave it {pool * recipe.seqlen}: give more --samples, or smaller stages by --search."
+            f"The search compares candidates on up to {wanted} tokens and judges on every {every}th sample, but "
+            f"{recipe.samples} samples of {recipe.seqlen} leave it {pool * recipe.seqlen}: give more --samples, or smaller stages "
+            "by --search."
         )
