@@ -182,6 +182,6 @@ def _check_pool(recipe: Recipe) -> None:
     if recipe.samples < every or wanted > pool * recipe.seqlen:
         raise LLMPruneError(
             f"The search compares candidates on up to {wanted} tokens and judges on every {every}th sample, but "
-            f"{recipe.samples} samples of {recipe.seqlen} leave it {pool * recipe.seqlen}: give more --samples, or smaller stages "
-            "by --search."
+            f"{recipe.samples} samples of {recipe.seqlen} leave it {pool * recipe.seqlen}: give more --samples, or smaller "
+            "stages by --search."
         )
