@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from . import __version__, allocation, calibration, card, methods, sampling, settings, structure
+from . import __version__, allocation, calibration, card, mask_search, methods, sampling, settings, structure
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
@@ -232,8 +232,8 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
         share = ranks.together(lambda: ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1))
         ids_NT, first = tokens.ids_NT[share], share.start
     sparsities = None
-    if tokens and not recipe.structured:
-        sparsities = _allotted(ready, tokens.ids_NT, say, quiet)
+    if tokens and not recipe.structured and recipe.allocation != "uniform":
+        sparsities = _allotted(ready, output, tokens.ids_NT, ids_NT, first, ranks, say, quiet)
     with bar(recipe.method, progress_steps(ready), quiet=quiet) as advance:
         stream = Stream(
             skeleton,
@@ -254,11 +254,41 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
     return stream
 
 
-def _allotted(ready: Prepared, ids_NT: torch.Tensor, say: Say, quiet: bool) -> list[float] | None:
-    """The sparsity of every block, where they are not all alike."""
+def _allotted(
+    ready: Prepared,
+    output: Output,
+    ids_NT: torch.Tensor,
+    own_NT: torch.Tensor | None,
+    first: int,
+    ranks: Ranks,
+    say: Say,
+    quiet: bool,
+) -> list[float]:
+    """The sparsity of every block.
+
+    Args:
+        ids_NT: the calibration set.
+        own_NT, first: this rank's part of it, and where that begins.
+    """
     recipe, skeleton = ready.recipe, ready.skeleton
-    if recipe.allocation == "uniform":
-        return None
+    if recipe.search:
+        steps = len(skeleton.blocks) + recipe.search.iterations * recipe.search.generations
+        with bar("search", steps, quiet=quiet) as advance:
+            micro_batch, offload = recipe.micro_batch or 1, recipe.offload_activations
+            stream = Stream(
+                skeleton,
+                own_NT,
+                micro_batch=micro_batch,
+                offload=offload,
+                ranks=ranks,
+                first_sample=first,
+                advance_progress=advance,
+            )
+            sparsities, _ = mask_search.search_sparsities(
+                skeleton, ids_NT, recipe, output=output, stream=stream, advance_progress=advance
+            )
+        say(f"sparsity by search: {min(sparsities):.1%} to {max(sparsities):.1%} of a block's weights")
+        return sparsities
     outliers = recipe.allocation == "owl"
     measure = allocation.measure_outliers if outliers else allocation.measure_influence
     with bar(recipe.allocation, len(skeleton.blocks), quiet=quiet) as advance:

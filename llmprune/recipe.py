@@ -221,6 +221,11 @@ class Recipe(BaseModel):
                 f"--reconstruct {self.reconstruct} fits weights block by block, where --method icbs swaps them by the whole "
                 "model's loss: leave --reconstruct out, or give --refine icbs without --method icbs."
             )
+        if self.method == "icbs" and self.allocation == "searched":
+            raise LLMPruneError(
+                "--allocation searched and --method icbs are two searches by the whole model's loss, and a run makes one: take "
+                "another --allocation."
+            )
         if self.target == 0 and self.refine != "none":
             raise LLMPruneError(f"With --sparsity 0 --refine {self.refine} has no mask to refine: give a sparsity above 0.")
         searches = self.allocation == "searched" or self.method == "tyr"
