@@ -409,8 +409,10 @@ def _record(
     """What llmprune.json says: the pruning's record where it still holds, and what the recovery did."""
     facts = [cast("dict[str, dict[str, int]]", block["linears"]) for block in output.block_facts()]
     linears = {name: fact for block in facts for name, fact in block.items()}
-    parameters = cast("dict[str, int]", parent["parameters"])
-    zeros = sum(fact["zeros"] for fact in linears.values())
+    parameters, sparsity = dict(cast("dict[str, int]", parent["parameters"])), parent["sparsity"]
+    if "kept" not in parent:  # where channels or heads are gone, these count what is gone and not zeros
+        parameters["zero"] = sum(fact["zeros"] for fact in linears.values())
+        sparsity = parameters["zero"] / parameters["prunable"]
     blocks = cast("list[dict[str, object]]", parent.get("blocks") or [{} for _ in facts])
     assert trainer.adapters
     recovery = {
@@ -432,8 +434,8 @@ def _record(
     return {
         **{key: value for key, value in parent.items() if key not in OUTDATED},
         "versions": versions(),
-        "sparsity": zeros / parameters["prunable"],
-        "parameters": {**parameters, "zero": zeros},
+        "sparsity": sparsity,
+        "parameters": parameters,
         "blocks": [{**block, "rank": rank} for block, rank in zip(blocks, trainer.rank_B, strict=True)],
         "linears": linears,
         "clock_seconds": {},

@@ -388,6 +388,34 @@ def test_blocks_of_different_widths_and_without_a_sub_layer_are_trained(tmp_path
     llmprune.load(result.directory)
 
 
+@pytest.mark.parametrize("written", ["auto", "padded", "masked"])
+def test_a_structured_model_keeps_its_shapes_and_what_stands_for_channels_that_are_gone(dense_dir, text, tmp_path, written):
+    options = {"method": "cfsp", "sparsity": 0.4, "multiple_of": 4, "format": written, "calibration": text, **PRUNED}
+    pruned = llmprune.prune(str(dense_dir), output=tmp_path / "pruned", **options)
+    assert len(set(pruned.record["kept"]["ffn"])) > 1
+    result = recovery.recover(pruned.directory, **SHORT)
+    found = result.record["recovery"]
+    assert found["best_step"] > 0
+    assert found["importance"] == [block["importance"] for block in pruned.record["blocks"]]
+    for key in ("sparsity", "parameters", "kept", "dense_widths"):
+        assert result.record[key] == pruned.record[key]
+    before, after = tensors_of(pruned.directory), tensors_of(result.directory)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor == 0, after[name] == 0) for name, tensor in before.items())
+    assert result.record["copied"].keys() == pruned.record["copied"].keys()
+    assert type(llmprune.load(result.directory)) is type(llmprune.load(pruned.directory))
+
+
+def test_ranks_by_what_was_pruned_follow_the_channels_that_are_gone(dense_dir, text, tmp_path):
+    options = {"method": "cfsp", "sparsity": 0.4, "multiple_of": 4, "calibration": text, **PRUNED}
+    pruned = llmprune.prune(str(dense_dir), output=tmp_path / "pruned", **options)
+    result = recovery.recover(pruned.directory, **{**SHORT, "rank": 8, "direction": "pruned"})
+    gone = [48 - width for width in pruned.record["kept"]["ffn"]]
+    ranks = result.record["recovery"]["ranks"]
+    assert sorted(range(3), key=gone.__getitem__) == sorted(range(3), key=ranks.__getitem__)
+    assert sum(ranks) == 24
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_importance_is_the_records_where_it_has_it_for_every_block(pruned_dir, tmp_path, monkeypatch, named):
     parent = read_record(pruned_dir)
