@@ -85,7 +85,7 @@ def test_options_of_a_method_may_be_text_or_a_mapping_and_exist_only_where_they_
 
 def test_the_papers_settings_are_those_published_but_for_what_is_given():
     assert Recipe(model="m", method="dsnot", preset="paper").dsnot == DsnotOptions(**PRESETS["dsnot"]["paper"])
-    assert Recipe(model="m", method="icbs", preset="paper").icbs == IcbsOptions(**PAPER["icbs"])
+    assert Recipe(model="m", method="icbs", preset="paper").icbs == IcbsOptions(**PRESETS["icbs"]["paper"])
     assert Recipe(model="m", method="dsnot", preset="paper", dsnot="cycles: 7").dsnot.cycles == 7
     assert Recipe(model="m", method="icbs", preset="paper", steps=9, icbs="steps: 5").icbs.steps == 9
 
