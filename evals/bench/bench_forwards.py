@@ -1,30 +1,36 @@
 """Wall time of pruning as a multiple of one plain dense forward of the same tokens through the same blocks.
 
-    LLMPRUNE_DATA=... python evals/bench/bench_forwards.py [ROUNDS]
+    LLMPRUNE_DATA=... python evals/bench/bench_forwards.py [ROW ...]
 
 The floor is the resident model's own forward without its head, one sample at a time, measured in the same process
-right before and right after each run. Pruning includes reading every block, scoring, and writing the result.
+right before and right after each run. Pruning includes reading every block, scoring, and writing the result. `wanda_ratio` is
+the time as a multiple of that of the row `wanda` of the same call. Results of rows that are not measured are kept.
 """
 
-import statistics
+import csv
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import Timer, data_dir, save, smollm2, timed
+from common import RESULTS, Timer, data_dir, save, smollm2, timed
 from transformers import AutoModelForCausalLM
 
+import llmprune
 from llmprune.calibration import calibration_set
-from llmprune.pruning import run
-from llmprune.recipe import Recipe
 
-RUNS = [
-    ("wanda", "unstructured", "block", "pruned"),
-    ("wanda", "unstructured", "sublayer", "pruned"),
-    ("wanda", "unstructured", "block", "dense"),
-    ("sparsegpt", "unstructured", "block", "pruned"),
-]
+RUNS: dict[str, dict[str, object]] = {
+    "wanda": {},
+    "wanda-sublayer": {"sequential": "sublayer"},
+    "wanda-dense": {"propagate": "dense"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "dsnot": {"method": "dsnot"},
+    "icbs-layerwise": {"refine": "icbs"},
+    "lstsq": {"reconstruct": "lstsq"},
+    "best": {"method": "best"},
+    "cfsp": {"method": "cfsp", "sparsity": 0.3},
+    "cfsp-lstsq": {"method": "cfsp", "sparsity": 0.3, "compensate": "lstsq"},
+}
 
 
 def dense_forward(model: torch.nn.Module, ids_NT: torch.Tensor) -> Timer:
@@ -34,51 +40,36 @@ def dense_forward(model: torch.nn.Module, ids_NT: torch.Tensor) -> Timer:
     return timer
 
 
-def main(rounds: int) -> None:
+def main() -> None:
+    names = sys.argv[1:] or list(RUNS)
     ids = str(data_dir() / "golden" / "calibration_ids.parquet")
     model_dir = smollm2()
     tokens = calibration_set(ids, None, samples=32, seqlen=512, seed=0, vocab_size=49152)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).model.eval().requires_grad_(False)
-    ratios: dict[tuple[str, ...], list[tuple[float, float, float, float]]] = {}
-    after = dense_forward(model, tokens.ids_NT)
-    for _ in range(rounds):
-        for setting in RUNS:
-            method, pattern, sequential, propagate = setting
-            before = after
-            with tempfile.TemporaryDirectory() as folder:
-                recipe = Recipe(
-                    model=str(model_dir),
-                    method=method,
-                    pattern=pattern,
-                    sequential=sequential,
-                    propagate=propagate,
-                    calibration=ids,
-                    samples=32,
-                    seqlen=512,
-                    output=Path(folder) / "out",
-                )
-                with timed() as pruning:
-                    run(recipe, say=lambda line: None, quiet=True)
-            after = dense_forward(model, tokens.ids_NT)
-            wall, cpu = (before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2
-            figures = (pruning.wall / wall, pruning.cpu / cpu, wall, pruning.wall)
-            ratios.setdefault(setting, []).append(figures)
-            print(*setting, "x{:.2f} wall, x{:.2f} CPU (dense {:.1f} s, pruning {:.1f} s)".format(*figures), flush=True)
-    rows: list[dict[str, object]] = []
-    for setting, values in ratios.items():
-        wall, cpu, dense_wall, prune_wall = (statistics.median(column) for column in zip(*values, strict=True))
-        rows.append(
-            dict(zip(("method", "pattern", "sequential", "propagate"), setting, strict=True))
-            | {
-                "wall_ratio": round(wall, 3),
-                "cpu_ratio": round(cpu, 3),
-                "dense_s": round(dense_wall, 1),
-                "prune_s": round(prune_wall, 1),
-                "rounds": rounds,
-            }
-        )
-    save("forwards", rows)
+    file = RESULTS / "forwards.csv"
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows: dict[str, dict[str, object]] = {str(row["row"]): dict(row) for row in csv.DictReader(lines)}
+    after, wanda = dense_forward(model, tokens.ids_NT), None
+    for name in names:
+        before = after
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"calibration": ids, "samples": 32, "seqlen": 512, "output": Path(folder) / "out", **RUNS[name]}
+            with timed() as pruning:
+                llmprune.prune(str(model_dir), **options)
+        after = dense_forward(model, tokens.ids_NT)
+        wall, cpu = (before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2
+        wanda = pruning.wall if name == "wanda" else wanda
+        rows[name] = {
+            "row": name,
+            "wall_ratio": round(pruning.wall / wall, 3),
+            "cpu_ratio": round(pruning.cpu / cpu, 3),
+            "wanda_ratio": round(pruning.wall / wanda, 3) if wanda else None,
+            "dense_s": round(wall, 1),
+            "prune_s": round(pruning.wall, 1),
+        }
+        print(rows[name], flush=True)
+        save("forwards", [dict.fromkeys(rows[name]) | row for row in rows.values()])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    main()
