@@ -3,10 +3,10 @@
     LLMPRUNE_DATA=... python evals/bench/bench_structured.py [ROW ...]
 
 Calibration: 32 samples x 512 tokens of wikitext-2 validation (recorded ids). Evaluation: wikitext-2 test, first 32 disjoint
-windows of 512, and, to choose defaults by, 16 windows of other text, C4. Rows are METRIC[+influence][+bias|+lstsq|+dense]-
-PERCENT of FFN channels (every block alike without +influence; +dense is least squares matched to the dense model), or
-tyr-NAME-PERCENT of heads and channels. What CFSP sees of the dense model is computed once for all rows of a call, so `seconds` of its rows leave
-it out.
+windows of 512, and, to choose defaults by, 16 windows of other text, C4. Rows are METRIC[+influence][+bias|+lstsq|+dense] and
+the percentage of FFN channels (every block alike without +influence; +dense is least squares matched to the dense model), or
+tyr-NAME and the percentage of heads and channels. What CFSP sees of the dense model is computed once for all rows of a call, so
+`seconds` of its rows leave it out.
 """
 
 import csv
