@@ -52,7 +52,10 @@ def share_ranks(weight_B: Sequence[float], *, rank: int, least: int, most: int) 
     total = math.fsum(weight_B)
     shares = [weight / total if total else 1 / len(weight_B) for weight in weight_B]
     units = rank * len(weight_B)
-    return allocation.apportion([units * share / most for share in shares], [most] * len(shares), units, low=least)
+    ranks = allocation.apportion([units * share / most for share in shares], [most] * len(shares), units, low=least)
+    # Rounding makes equals of weights that are far below the others; in order of weight they are none.
+    order = sorted(range(len(shares)), key=lambda block: (-weight_B[block], block))
+    return [rank for _, rank in sorted(zip(order, sorted(ranks, reverse=True), strict=True))]
 
 
 def weights_of(importance_B: Sequence[float], removed_B: Sequence[float], direction: str) -> list[float]:

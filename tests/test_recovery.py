@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from in_process import llmprune as command
 from tiny import build, save_llama
@@ -107,13 +107,16 @@ def shares(draw):
 
 
 @given(shares())
+@example(([0.0, 1.0, 3.6e-120], 2, 1, 3))
+@settings(deadline=None)
 def test_ranks_sum_to_the_mean_rank_stay_within_bounds_and_follow_the_weights(case):
     weights, rank, least, most = case
     ranks = training.share_ranks(weights, rank=rank, least=least, most=most)
     assert sum(ranks) == rank * len(weights)
     assert all(least <= each <= most for each in ranks)
-    for (one, first), (other, second) in itertools.combinations(zip(weights, ranks, strict=True), 2):
-        assert (first - second) * (one - other) >= 0 or abs(one - other) < 1e-9 * max(one, other)
+    # Sorted by weight, and of equals the lower index first, ranks only fall.
+    order = sorted(range(len(weights)), key=lambda block: (-weights[block], block))
+    assert [ranks[block] for block in order] == sorted(ranks, reverse=True)
 
 
 def test_ranks_are_proportional_where_bounds_and_whole_numbers_allow_it():
@@ -123,7 +126,7 @@ def test_ranks_are_proportional_where_bounds_and_whole_numbers_allow_it():
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_the_direction_decides_who_gets_more(importance):
     straight = training.weights_of(importance, [], "importance")
     order = sorted(range(len(importance)), key=importance.__getitem__)
@@ -254,6 +257,7 @@ def test_steps_are_those_of_torchs_adamw_with_clipped_gradients(pruned_dir, monk
 
 
 @given(st.integers(1, 500))
+@settings(deadline=None)
 def test_the_learning_rate_rises_to_its_highest_and_falls_towards_zero(steps):
     rates = [training.schedule(number, steps) for number in range(1, steps + 1)]
     top = rates.index(max(rates))
