@@ -410,6 +410,15 @@ def test_a_structured_model_keeps_its_shapes_and_what_stands_for_channels_that_a
     assert type(llmprune.load(result.directory)) is type(llmprune.load(pruned.directory))
 
 
+def test_single_zeros_of_a_matrix_that_was_made_smaller_are_numbers_like_others(pruned_dir):
+    ids_NT = torch.randint(3, 61, (8, 6))
+    for record_of, keeps in (({}, True), ({"kept": {"ffn": [20, 20, 20]}}, False)):
+        trainer = trainer_of(pruned_dir, ids_NT)
+        trainer.parent = {**trainer.parent, **record_of}
+        trainer._place()
+        assert {adapter.place.keeps_zeros for adapter in trainer.adapters.all} == {keeps}
+
+
 def test_ranks_by_what_was_pruned_follow_the_channels_that_are_gone(dense_dir, text, tmp_path):
     options = {"method": "cfsp", "sparsity": 0.4, "multiple_of": 4, "calibration": text, **PRUNED}
     pruned = llmprune.prune(str(dense_dir), output=tmp_path / "pruned", **options)
@@ -494,6 +503,25 @@ def test_a_killed_run_goes_on_to_the_same_bytes(pruned_dir, whole, tmp_path, mon
     assert resumed.record["recovery"]["history"] == whole.record["recovery"]["history"]
     assert resumed.record["recovery"]["ranks"] == whole.record["recovery"]["ranks"]
     assert not (tmp_path / "killed" / ".llmprune").exists()
+
+
+def test_a_run_killed_after_its_best_look_ends_with_the_weights_of_that_look(pruned_dir, tmp_path, monkeypatch):
+    measure = training.mean_loss
+    losses = {"whole": iter([9, 5, 3, 4, 6, 7]), "killed": iter([9, 5, 3, 4, 6, 7]), "resumed": iter([6, 7])}
+
+    def run(name, output):
+        monkeypatch.setattr(training, "mean_loss", lambda *args, **options: 0 * measure(*args, **options) + next(losses[name]))
+        return recovery.recover(pruned_dir, output=tmp_path / output, **SHORT)
+
+    def killed():
+        monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(training.Trainer, "_step", killer(training.Trainer._step, 5))
+        run("killed", "killed")
+
+    whole = run("whole", "whole")
+    assert whole.record["recovery"]["best_step"] == 3
+    die(killed)
+    assert weights_of(run("resumed", "killed").directory) == weights_of(whole.directory)
 
 
 def test_two_runs_give_the_same_bytes_and_another_seed_gives_others(pruned_dir, whole, tmp_path):
