@@ -1,9 +1,9 @@
 """Perplexity of structured pruning on SmolLM2 under the gold protocol: metrics, allocation, compensation, Týr.
 
-    LLMPRUNE_DATA=... python evals/bench/bench_structured.py [ROW ...]
+    LLMPRUNE_DATA=... python evals/bench/bench_structured.py [--c4] [ROW ...]
 
 Calibration: 32 samples x 512 tokens of wikitext-2 validation (recorded ids). Evaluation: wikitext-2 test, first 32 disjoint
-windows of 512, and, to choose defaults by, 16 windows of other text, C4. Rows are METRIC[+influence][+bias|+lstsq|+dense] and
+windows of 512; with --c4, to choose defaults by, also 16 windows of other text, C4. Rows are METRIC[+influence][+bias|+lstsq|+dense] and
 the percentage of FFN channels (every block alike without +influence; +dense is least squares matched to the dense model), or
 tyr-NAME and the percentage of heads and channels. What CFSP sees of the dense model is computed once for all rows of a call, so
 `seconds` of its rows leave it out.
@@ -56,19 +56,22 @@ def options_of(row: str) -> dict[str, object]:
 
 
 def main() -> None:
-    rows_wanted = sys.argv[1:] or [f"{metric}-{percent}" for metric in METRICS for percent in PERCENT]
+    texts = ("perplexity", "c4") if "--c4" in sys.argv else ("perplexity",)
+    rows_wanted = [arg for arg in sys.argv[1:] if arg != "--c4"] or [
+        f"{metric}-{percent}" for metric in METRICS for percent in PERCENT
+    ]
     data, model = data_dir(), smollm2()
     tokenizer = load_tokenizer(model)
     test = evaluation_set(str(data / "wikitext-2-raw-v1" / "test.parquet"), tokenizer, seqlen=512, windows=32).ids_NT
-    other = evaluation_set(str(data / C4), tokenizer, seqlen=512, windows=16).ids_NT
+    windows = {"perplexity": test, "c4": evaluation_set(str(data / C4), tokenizer, seqlen=512, windows=16).ids_NT}
     source = data / "golden" / "calibration_ids.parquet"
     file = RESULTS / "structured.csv"
     lines = file.read_text().splitlines() if file.exists() else []
     rows: dict[str, dict[str, object]] = {str(row["row"]): dict(row) for row in csv.DictReader(lines)}
     if "dense" not in rows:
         dense = Skeleton(model)
-        values = [round(perplexity(dense, ids), 3) for ids in (test, other)]
-        rows["dense"] = {"row": "dense", "perplexity": values[0], "c4": values[1], "parameters": dense.parameters()}
+        values = [round(perplexity(dense, windows[text]), 3) for text in texts]
+        rows["dense"] = {"row": "dense", **dict(zip(texts, values, strict=True)), "parameters": dense.parameters()}
     if any(not row.startswith("tyr") for row in rows_wanted):
         look_once(model, source)
     for row in rows_wanted:
@@ -78,12 +81,12 @@ def main() -> None:
             result = llmprune.prune(str(model), calibration=str(source), samples=32, seqlen=512, output=out, **options_of(row))
             seconds = time.perf_counter() - start
             pruned = Skeleton(result.directory)
-            values = [round(perplexity(pruned, ids), 3) for ids in (test, other)]
+            values = [round(perplexity(pruned, windows[text]), 3) for text in texts]
         record = result.record
         rows[row] = {
             "row": row,
-            "perplexity": values[0],
-            "c4": values[1],
+            **dict.fromkeys(("perplexity", "c4")),
+            **dict(zip(texts, values, strict=True)),
             "parameters": record["parameters"]["stored"],  # type: ignore[index]
             "sparsity": round(float(str(record["sparsity"])), 4),
             "seconds": round(seconds, 1),
