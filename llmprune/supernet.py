@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,6 +190,12 @@ class Supernet:
         for file in self.folder.glob(f"supernet-{self.iteration}-*.safetensors"):
             file.unlink()
 
+    def remove_others(self) -> None:
+        """Remove what an iteration left that was killed before it could."""
+        for file in self.folder.glob("supernet-*.safetensors"):
+            if not file.name.startswith(f"supernet-{self.iteration}-"):
+                file.unlink()
+
 
 class Shrunk(Candidates):
     """Candidates of a supernet: the model really smaller, so that it is faster, too."""
@@ -217,14 +224,14 @@ class Shrunk(Candidates):
         everything = self.anatomy.blocks[index].everything()
         tensors, kept = self.dense[position], everything.heads if where.group else everything.channels
         if level is not None:
+            reader = next(own for own, cut in self.anatomy.linears.items() if own.startswith(name) and cut.into)
             kept, weight_OK = self.supernet.read(position, level)
             if not kept:
-                # A sub-layer that is gone adds nothing; transformers' attention returns a pair.
-                module.forward = _nothing if sublayer == "attention" else torch.zeros_like
+                module.forward = partial(_only_bias_pair if where.group else _only_bias, tensors.get(f"{reader}.bias"))
                 return
             stays = Kept(everything.channels, kept) if where.group else Kept(kept, everything.heads)
-            tensors = shrink(tensors, stays, self.anatomy, index)
-            reader = next(own for own, cut in self.anatomy.linears.items() if own.startswith(name) and cut.into)
+            others = {own: tensor for own, tensor in tensors.items() if own != f"{reader}.weight"}
+            tensors = shrink(others, stays, self.anatomy, index)
             tensors[f"{reader}.weight"] = weight_OK.to(self.skeleton.device, self.skeleton.dtype)
         if where.group:
             sizes = self.anatomy.blocks[index]
@@ -235,5 +242,11 @@ class Shrunk(Candidates):
             self.assign(prefix + own, tensor)
 
 
-def _nothing(hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
-    return torch.zeros_like(hidden_states), None
+def _only_bias(bias_O: Tensor | None, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """What is left of a sub-layer without units: its reader's bias, if it has one."""
+    return torch.zeros_like(hidden_states) if bias_O is None else bias_O.expand_as(hidden_states)
+
+
+def _only_bias_pair(bias_O: Tensor | None, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+    """The same of an attention, which in transformers returns a pair."""
+    return _only_bias(bias_O, hidden_states), None
