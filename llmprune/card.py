@@ -30,7 +30,7 @@ from .errors import LLMPruneError
 from .output import RECIPE
 from .recipe import parse_nm
 from .record import Difference, Estimate, Record, Task, read
-from .tables import count, size, use_of, weights_bytes
+from .tables import budget, count, size, use_of, weights_bytes
 from .verify import read_record
 
 CARD = "README.md"
@@ -124,13 +124,13 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llmprune", "pruned", "sparse", record.method, *([record.pattern] if parse_nm(record.pattern) else [])],
+        tags=["llmprune", "pruned", *_kind(record)],
         datasets=[used] if used else None,
         # It is the model-index that has a name.
         model_name=name if results else None,
         eval_results=results or None,
         # The Hub knows adapter, merge, quantized and finetune (https://huggingface.co/docs/hub/model-cards): new weights for
-        # the same architecture are a finetune, and left to itself it guesses from file names.
+        # the same architecture, were it of other widths, are a finetune, and left to itself it guesses from file names.
         base_model_relation="finetune" if base_model else None,
     )
     for key, value in terms.items():
@@ -148,9 +148,16 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
         scores=list(_scores(record)),
         protocol={key: value for key, value in protocol.items() if isinstance(value, str | int | float)},
         recipe=(directory / RECIPE).read_text(encoding="utf-8").strip(),
-        use=use_of(record.pattern),
+        use=use_of(record),
     )
     return str(ModelCard(text))
+
+
+def _kind(record: Record) -> list[str]:
+    """Tags that say what was done: nothing is sparse where whole channels or heads are gone."""
+    if record.structured:
+        return ["structured-pruning", record.method]
+    return ["sparse", record.method, *([record.pattern] if parse_nm(record.pattern) else [])]
 
 
 @functools.cache
@@ -162,7 +169,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": escape, "fenced": fenced, "count": count, "size": size}
+    environment.filters |= {"md": escape, "fenced": fenced, "count": count, "size": size, "budget": budget}
     return environment.get_template("card.md.j2")
 
 

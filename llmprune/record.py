@@ -11,7 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import LLMPruneError
 from .output import RECORD
+from .recipe import STRUCTURED
+from .surgery import MODELING_FILE
 from .verify import read_record
+
+UNITS = {"ffn": "FFN channels", "heads": "attention heads"}
 
 
 class Linear(BaseModel):
@@ -46,6 +50,7 @@ class Block(BaseModel):
     """What was observed at a block's ends."""
 
     influence: float | None = None
+    importance: float | None = None
     output_error: float | None = None
 
 
@@ -83,10 +88,21 @@ class Step(BaseModel):
 
 
 class Parameters(BaseModel):
+    """Of the dense model `total`, `decoder` and `prunable`; removed, as zeros or with their rows and columns, `zero`.
+
+    `stored` are in the result's files, and `dense_bytes` is what the dense model takes on the disk.
+    """
+
     total: int
     decoder: int
     prunable: int
     zero: int
+    stored: int | None = None
+    dense_bytes: int | None = None
+
+    @property
+    def left(self) -> int:
+        return self.total - self.zero
 
 
 class Model(BaseModel):
@@ -151,6 +167,19 @@ class TokenPerplexity(BaseModel):
     difference: Difference | None = None
 
 
+class HeldOut(BaseModel):
+    before: float
+    after: float
+
+
+class Recovery(BaseModel):
+    """What `llmprune recover` did after pruning."""
+
+    held_out: HeldOut
+    best_step: int
+    train_tokens: int
+
+
 class Evaluation(BaseModel):
     """Tasks of several evaluations may come together; `protocol` is the last one's, and each task has its own."""
 
@@ -183,6 +212,8 @@ class Record(BaseModel):
     search: list[Step] = []
     kept: dict[str, list[int]] = {}
     dense_widths: dict[str, int | list[int]] = {}
+    recovery: Recovery | None = None
+    copied: dict[str, str] = {}
 
     @property
     def method(self) -> str:
@@ -191,6 +222,39 @@ class Record(BaseModel):
     @property
     def pattern(self) -> str:
         return str(self.recipe["pattern"])
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole channels or heads were removed."""
+        return self.method in STRUCTURED
+
+    @property
+    def format(self) -> str:
+        """How a structured result lies on the disk: `auto` (smaller), `padded` or `masked`."""
+        return str(self.recipe.get("format", "auto"))
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether stock transformers has no class for the model, and one of llmprune's lies beside it."""
+        return MODELING_FILE in self.copied
+
+    @property
+    def what(self) -> str:
+        """What was removed, as a table has it: a pattern of zeros, or the units that went."""
+        if not self.structured:
+            return self.pattern
+        units = ", ".join(UNITS[key].split()[-1] for key in self.kept) or "nothing"
+        return units if self.format == "auto" else f"{units}, {self.format}"
+
+    @property
+    def units(self) -> dict[str, tuple[int, int]]:
+        """How many units of each kind the dense model has, and how many are left, in all blocks."""
+        found = {}
+        for key, kept_B in self.kept.items():
+            dense = self.dense_widths.get(key, 0)
+            whole = sum(dense) if isinstance(dense, list) else dense * len(kept_B)
+            found[UNITS.get(key, key)] = (whole, sum(kept_B))
+        return found
 
     @property
     def errors(self) -> Errors | None:

@@ -29,6 +29,7 @@ from .pictures import Picture, render
 from .record import Evaluation, Record, Task, read
 from .statistics import SplitHessian
 from .tables import count, size, use_of, weights_bytes
+from .verify import block_of
 
 # All that a page may hold: an earlier page's are removed.
 PICTURES = ("perplexity", "tasks", "sparsity", "kept", "blocks", "outliers", "search", "errors", "parameters", "time")
@@ -106,7 +107,7 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
         record=record,
         pictures=drawn,
         disk_bytes=disk_bytes,
-        use=use_of(record.pattern),
+        use=use_of(record),
         perplexities=perplexities(record),
         tasks=evaluation.tasks if evaluation else {},
         protocol=_flat(evaluation.protocol) if evaluation else {},
@@ -237,11 +238,6 @@ def _grid(record: Record, shares: Mapping[str, tuple[float, int]]) -> Grid:
         whole[block][column] += of
     rows = zip(part, whole, strict=True)
     return Grid(roles, tuple(tuple(p / w if w else math.nan for p, w in zip(*row, strict=True)) for row in rows))
-
-
-def block_of(name: str) -> int:
-    """Which block a linear is in: the first number in its name, as in `model.layers.7.mlp.up_proj`."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Surgeon:
         inner = {self._inner(name, index): tensor for name, tensor in tensors.items()}
         if self.padded:
             sizes = replace(anatomy, blocks=(self.padded,) * len(anatomy.blocks))
-            inner = surgery.shrink(inner, _places(kept, anatomy.blocks[index], self.padded), sizes, index)
+            inner = surgery.shrink(inner, places(kept, anatomy.blocks[index], self.padded), sizes, index)
         dtype = next(iter(self.skeleton.block_entries(index).values())).dtype
         restored = surgery.expand(inner, kept, anatomy, index, dtype=dtype)
         return {self._outer(name, index): tensor for name, tensor in restored.items()}
@@ -209,7 +209,7 @@ class Surgeon:
         return self._prefix(index) + name
 
 
-def _places(kept: Kept, sizes: Sizes, padded: Sizes) -> Kept:
+def places(kept: Kept, sizes: Sizes, padded: Sizes) -> Kept:
     """Where `surgery.pad` puts what is kept."""
     groups = len(kv_heads_of(kept, sizes))
     heads = [group * padded.group + i for group in range(groups) for i in range(len(kept.heads) // groups)]

@@ -18,30 +18,34 @@ if TYPE_CHECKING:
 def show(result: Result) -> None:
     """The summary table of a finished run, and one honest line on what it is good for."""
     record = result.record
-    parameters = cast(dict[str, int], record["parameters"])
-    recipe = cast(dict[str, object], record["recipe"])
-    table = Table("", "dense", "pruned", title=f"{recipe['model']}, {recipe['method']}, {recipe['pattern']}")
-    table.add_row(
-        "non-zero parameters",
-        count(parameters["total"]),
-        count(parameters["total"] - parameters["zero"]),
-    )
-    table.add_row("sparsity of the prunable weights", "", f"{cast(float, record['sparsity']):.2%}")
+    shown = Record.model_validate(record)
+    parameters = shown.parameters
+    table = Table("", "dense", "pruned", title=f"{shown.recipe['model']}, {shown.method}, {shown.what}")
+    if shown.structured:
+        for units, (dense, left) in shown.units.items():
+            table.add_row(units, str(dense), str(left))
+        table.add_row("parameters", count(parameters.total), count(parameters.stored or parameters.left))
+        if shown.format != "auto":
+            table.add_row("parameters that are in use", count(parameters.total), count(parameters.left))
+        table.add_row("removed of what the method can remove", "", f"{shown.sparsity:.2%}")
+    else:
+        table.add_row("non-zero parameters", count(parameters.total), count(parameters.left))
+        table.add_row("sparsity of the prunable weights", "", f"{shown.sparsity:.2%}")
     if text := cast("dict[str, object] | None", record.get("perplexity")):
         table.add_row("token perplexity", f"{text['dense']:.3f}", f"{text['pruned']:.3f}")
-    shown = Record.model_validate(record)
     if shown.search:
         table.add_row("held-out loss of the search", "", f"{shown.found:.4f}, from {shown.search[0].held_out:.4f}")
     if (errors := shown.errors) and errors.fresh is not None:
         table.add_row("held-out output error of linears", "", f"{errors.fresh:.4f}, from {errors.start_fresh:.4f}")
-    table.add_row("weights on disk", "", size(weights_bytes(result.directory)))
+    dense_bytes = parameters.dense_bytes
+    table.add_row("weights on disk", size(dense_bytes) if dense_bytes else "", size(weights_bytes(result.directory)))
     table.add_row("time of the run", "", f"{record['seconds']} s")
     table.add_row("peak memory", "", f"{cast(int, record['peak_rss_bytes']) / 1e9:.2f} GB")
     console = Console()
     console.print(table)
     if text:
         console.print(f"{text['protocol']}, of {text['text']}", highlight=False, soft_wrap=True)
-    console.print(use_of(str(recipe["pattern"])), highlight=False, soft_wrap=True)
+    console.print(use_of(shown), highlight=False, soft_wrap=True)
     console.print(f"model: {Path(result.directory)}", highlight=False, soft_wrap=True)
 
 
@@ -50,15 +54,37 @@ def weights_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def use_of(pattern: str) -> str:
-    """What the zeros of a pattern change, and what they do not."""
-    if pattern == "2:4":
+def budget(record: Record) -> str:
+    """What a structured result keeps of its units, as "FFN channels 46080 → 32256"."""
+    kept = [f"{units} {dense} → {left}" for units, (dense, left) in record.units.items()]
+    return ", ".join(kept) or "nothing was removed"
+
+
+def use_of(record: Record) -> str:
+    """What the removed weights change, and what they do not."""
+    loads = loads_with(record)
+    if record.structured:
+        return {
+            "auto": f"Smaller matrices: smaller on disk and faster everywhere, with no special kernel; {loads}.",
+            "padded": f"Padded with zeros to the widths of the widest block, so no smaller and no faster than that; {loads}.",
+            "masked": f"Zeros in place of whole units: same shapes, same size on disk, no speed-up; {loads}.",
+        }[record.format]
+    if record.pattern == "2:4":
         return (
             "2:4 zeros: same size on disk and the same speed with stock kernels; NVIDIA GPUs from Ampere on can run them "
             "faster with sparse tensor-core kernels."
         )
-    kind = "Unstructured" if pattern == "unstructured" else pattern
-    return f"{kind} zeros: same size on disk, no speed-up with stock kernels; loads with stock transformers."
+    kind = "Unstructured" if record.pattern == "unstructured" else record.pattern
+    return f"{kind} zeros: same size on disk, no speed-up with stock kernels; {loads}."
+
+
+def loads_with(record: Record) -> str:
+    """What is needed to load the model."""
+    if record.needs_code:
+        uneven = record.format == "auto" and any(len(set(widths)) > 1 for widths in record.kept.values())
+        why = "widths differ between blocks: " if uneven else ""
+        return f"{why}loads after `import llmprune`, or anywhere with trust_remote_code=True"
+    return "loads with stock transformers"
 
 
 def show_plan(ready: Prepared, plan: Plan) -> None:

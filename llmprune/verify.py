@@ -1,21 +1,26 @@
-"""Is a pruned directory what its record says? Every file's hash, every linear's sparsity and pattern."""
+"""Is a pruned directory what its record says? Every file's hash, every linear's sparsity and pattern, every block's widths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import output
+from . import output, structure, surgery
+from .anatomy import Anatomy, Format, Sizes
+from .anatomy import anatomy as anatomy_of
 from .checkpoint import INDEX, Checkpoint, hash_file
 from .errors import LLMPruneError
 from .methods.sparsegpt import COLUMNS
+from .models import Skeleton
 from .output import RECIPE, RECORD, STATE
 from .patterns import NM, removed_count
-from .recipe import parse_nm
+from .recipe import STRUCTURED, parse_nm
 from .statistics import all_finite
+from .surgery import Plan
 
 
 def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda name: None) -> list[str]:
@@ -42,9 +47,31 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
         return problems
     checkpoint = Checkpoint.open(directory)
     for name, fact in record["linears"].items():
-        problems += [f"{name}: {problem}" for problem in _check_linear(checkpoint, fact, record["recipe"])]
+        problems += [f"{name}: {problem}" for problem in _check_linear(checkpoint, fact, _recipe_of(name, record))]
         advance_progress(name)
+    if is_structured(record):
+        try:
+            problems += _check_structure(directory, record)
+        except LLMPruneError as error:
+            problems.append(str(error))
     return problems
+
+
+def is_structured(record: dict) -> bool:  # type: ignore[type-arg]
+    """Whether whole channels or heads were removed."""
+    return record["recipe"]["method"] in STRUCTURED
+
+
+def block_of(name: str) -> int:
+    """Which block a linear is in: the first number in its name, as in `model.layers.7.mlp.up_proj`."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _recipe_of(name: str, record: dict) -> dict:  # type: ignore[type-arg]
+    """The recipe with the sparsity that the linear's block was given, where they are not all alike."""
+    blocks = record.get("blocks", [])
+    own = blocks[block_of(name)].get("sparsity") if blocks else None
+    return record["recipe"] if own is None else {**record["recipe"], "sparsity": own}
 
 
 def steps(record: dict) -> int:  # type: ignore[type-arg]
@@ -77,6 +104,8 @@ def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]
     zeros = int(zero_OI.sum())
     if zeros != fact["zeros"]:
         problems.append(f"holds {zeros} zeros, its record says {fact['zeros']}.")
+    if recipe["method"] in STRUCTURED:
+        return problems
     if nm := parse_nm(recipe["pattern"]):
         problems += _check_groups(zero_OI, NM(*nm))
     elif zeros < _least_zeros(weight_OI, recipe):
@@ -100,3 +129,64 @@ def _least_zeros(weight_OI: Tensor, recipe: dict) -> int:  # type: ignore[type-a
     if recipe["method"] == "sparsegpt":  # competes within blocks of columns
         groups = (rows if recipe.get("group") == "row" else 1) * -(-columns // COLUMNS)
     return removed_count(weight_OI.numel(), recipe["sparsity"]) - groups
+
+
+# Structured pruning: the plan, the configuration and the tensors are to say the same.
+
+
+def _check_structure(directory: Path, record: dict) -> list[str]:  # type: ignore[type-arg]
+    """What of a model without some channels or heads is not as its plan has it.
+
+    Raises:
+        LLMPruneError: the plan or the configuration cannot be read.
+    """
+    plan = Plan.from_json((directory / structure.PLAN).read_text(encoding="utf-8"))
+    # Its shapes are those of config.json, or this is an error.
+    skeleton = Skeleton(directory)
+    stored = anatomy_of(skeleton.config)
+    # Where units lie follows from the architecture, how many there were from the plan.
+    source = replace(stored, blocks=plan.sizes)
+    format: Format = record["recipe"].get("format", "auto")
+    wanted = _wanted_sizes(plan, source, format)
+    problems = []
+    for what, counts in record["kept"].items():
+        planned = [len(kept.channels if what == "ffn" else kept.heads) for kept in plan.blocks]
+        if counts != planned:
+            problems.append(f"{structure.PLAN} keeps {planned} {what} units of the blocks, the record says {counts}.")
+    if stored.blocks != wanted:
+        different = [index for index, sizes in enumerate(stored.blocks) if wanted[index : index + 1] != (sizes,)]
+        where = f"block {different[0]} is {_said(stored.blocks[different[0]])}" if different else "blocks are missing"
+        return [*problems, f"config.json does not agree with {structure.PLAN}: {where}."]
+    for index, sizes in enumerate(wanted if format != "auto" else ()):
+        problems += [f"block {index}: {problem}" for problem in _check_zeros(skeleton, plan, source, index, sizes, format)]
+    parameters = sum(entry.numel for entry in skeleton.checkpoint.entries.values())
+    if parameters != record["parameters"]["stored"]:
+        problems.append(f"{parameters} parameters are stored, the record says {record['parameters']['stored']}.")
+    return problems
+
+
+def _wanted_sizes(plan: Plan, source: Anatomy, format: Format) -> tuple[Sizes, ...]:
+    """What every block is to have on the disk."""
+    if format == "masked":
+        return plan.sizes
+    if format == "padded":
+        return (plan.padded(source),) * len(plan.blocks)
+    return plan.stored_sizes(source)
+
+
+def _said(sizes: Sizes) -> str:
+    return f"{sizes.channels} channels, {sizes.heads} heads and {sizes.kv_heads} key-value heads wide"
+
+
+def _check_zeros(skeleton: Skeleton, plan: Plan, source: Anatomy, index: int, sizes: Sizes, format: Format) -> Iterator[str]:
+    """Whether the places of removed units are zero, where they are on the disk."""
+    prefix = f"{skeleton.blocks_path}.{index}."
+    kept, within = plan.blocks[index], source
+    if format == "padded":
+        within = replace(source, blocks=(sizes,) * len(plan.blocks))
+        kept = structure.places(kept, plan.sizes[index], sizes)
+    for name in source.shapes(sizes):
+        tensor = skeleton.checkpoint.read(skeleton.stored_names[prefix + name])
+        (masked,) = surgery.mask({name: tensor}, kept, within, index).values()
+        if not torch.equal(masked, tensor):
+            yield f"{name} is not zero where units were removed."

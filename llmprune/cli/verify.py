@@ -13,7 +13,9 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print problems only.")] = False,
 ) -> None:
     from ..progress import bar
-    from ..verify import read_record, steps, verify
+    from ..record import read
+    from ..tables import budget
+    from ..verify import is_structured, read_record, steps, verify
 
     record = read_record(directory)
     with bar("verify", steps(record), quiet=quiet) as advance:
@@ -22,8 +24,13 @@ def command(
         print(problem)
     if problems:
         raise typer.Exit(1)
-    if not quiet:
+    if quiet:
+        return
+    whole = f"{directory} is whole: {len(record['shards'])} shards have the recorded SHA-256, "
+    if is_structured(record):
+        print(f"{whole}weights and configuration are as planned ({budget(read(directory))}), no weight is NaN or -0.0.")
+    else:
         print(
-            f"{directory} is whole: {len(record['shards'])} shards have the recorded SHA-256, {len(record['linears'])} "
-            f"linears are {record['recipe']['pattern']} with {record['sparsity']:.2%} zeros, none is NaN or -0.0."
+            f"{whole}{len(record['linears'])} linears are {record['recipe']['pattern']} with {record['sparsity']:.2%} zeros, "
+            "none is NaN or -0.0."
         )
