@@ -50,7 +50,7 @@ IMPLIED: dict[str, dict[str, object]] = {
         "match": "dense",
         "sequential": "sublayer",
     },
-    "cfsp": {"allocation": "block-influence", "sequential": "sublayer"},
+    "cfsp": {"allocation": "block-influence", "compensate": "lstsq", "sequential": "sublayer"},
     "tyr": {"allocation": "searched", "sequential": "sublayer"},
 }
 # Methods that remove FFN channels or attention heads, and what belongs to them alone.
@@ -95,8 +95,8 @@ class Recipe(BaseModel):
         "kv_group",
         description="Attention loses key-value heads with all their queries, or one query head of each key-value head.",
     )
-    metric: Literal["wanda_sp", "act", "rel", "out_energy", "wifv", "magnitude", "random"] = Field(
-        "wanda_sp", description="How CFSP scores the channels of an FFN."
+    metric: Literal["act", "wanda_sp", "rel", "out_energy", "wifv", "magnitude", "random"] = Field(
+        "act", description="How CFSP scores the channels of an FFN."
     )
     compensate: Literal["none", "bias", "lstsq"] = Field(
         "none", description="What CFSP does for the channels that are gone: a bias, or the others fitted by least squares."

@@ -162,6 +162,8 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
     if fits(recipe):
         widest = max(linear.shape[1] for linear in skeleton.all_linears())
         fitted = (recipe.samples or samples) * seqlen * (1 - 1 / SplitHessian.EVERY) / widest
+        if recipe.structured and recipe.match != "dense":
+            choose("damping", 0.3, "where errors on held-out samples are least")
         if recipe.match == "dense":
             choose("damping", 0.5, "much of what the dense model's outputs ask for is noise")
         few = fitted < TOKENS_PER_INPUT

@@ -3,10 +3,10 @@
     LLMPRUNE_DATA=... python evals/bench/bench_structured.py [--c4] [ROW ...]
 
 Calibration: 32 samples x 512 tokens of wikitext-2 validation (recorded ids). Evaluation: wikitext-2 test, first 32 disjoint
-windows of 512; with --c4, to choose defaults by, also 16 windows of other text, C4. Rows are METRIC[+influence][+bias|+lstsq|+dense] and
-the percentage of FFN channels (every block alike without +influence; +dense is least squares matched to the dense model), or
-tyr-NAME and the percentage of heads and channels. What CFSP sees of the dense model is computed once for all rows of a call, so
-`seconds` of its rows leave it out.
+windows of 512; with --c4, to choose defaults by, also 16 windows of other text, C4. Rows are METRIC[+influence][+bias|+lstsq]
+and the percentage of FFN channels (every block alike without +influence; +dense for least squares matched to the dense model),
+or tyr-NAME and the percentage of heads and channels. What CFSP sees of the dense model is computed once for all rows of a call,
+so `seconds` of its rows leave it out.
 """
 
 import csv
@@ -44,7 +44,7 @@ def options_of(row: str) -> dict[str, object]:
     if name.startswith("tyr-"):
         return {"method": "tyr", **sparsity, **TYR[name.removeprefix("tyr-")]}
     metric, *extras = name.split("+")
-    options: dict[str, object] = {"method": "cfsp", "metric": metric, "allocation": "uniform", **sparsity}
+    options: dict[str, object] = {"method": "cfsp", "metric": metric, "allocation": "uniform", "compensate": "none", **sparsity}
     for extra in extras:
         options |= {
             "influence": {"allocation": "block-influence"},
