@@ -66,13 +66,13 @@ class Candidates(ABC):
     def resident(self) -> Iterator[None]:
         """Inside, the dense model is in memory."""
         skeleton = self.skeleton
-        skeleton.fill_outer(head=True)
-        for index in range(len(skeleton.blocks)):
-            for name in skeleton.block_parameters(index):
-                tensor = skeleton.checkpoint.read(skeleton.stored_names[name])
-                skeleton.check(name, tensor)
-                self.assign(name, tensor.to(skeleton.device, skeleton.dtype))
         try:
+            skeleton.fill_outer(head=True)
+            for index in range(len(skeleton.blocks)):
+                for name in skeleton.block_parameters(index):
+                    tensor = skeleton.checkpoint.read(skeleton.stored_names[name])
+                    skeleton.check(name, tensor)
+                    self.assign(name, tensor.to(skeleton.device, skeleton.dtype))
             yield
         finally:
             for position in range(len(self.current)):

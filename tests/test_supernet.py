@@ -120,7 +120,7 @@ def test_levels_keep_a_whole_number_of_units_and_the_centre_is_one_of_them(units
 
 @pytest.mark.parametrize("heads", ["kv_group", "q_balanced"])
 def test_levels_are_nested_and_as_wide_as_they_say(models, heads):
-    folder, skeleton, supernet = models("llama" if heads == "kv_group" else "qwen3, balanced")
+    _, _, supernet = models("llama" if heads == "kv_group" else "qwen3, balanced")
     for number, position in enumerate(supernet.positions):
         before = set(range(10**4))
         for level in supernet.levels(number):
