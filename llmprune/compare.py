@@ -38,7 +38,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `method` is empty for a dense parent; `parent` is the fingerprint of the dense weights."""
+    """One model. `method` is empty for a dense parent; `parent` is the fingerprint of the dense weights.
+
+    `pattern` says what was removed, in zeros or in units; `nonzero` counts the parameters that are left.
+    """
 
     name: str
     parent: str
@@ -48,6 +51,7 @@ class Row:
     nonzero: int
     disk_bytes: int | None
     values: dict[str, Value] = field(default_factory=dict)
+    structured: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,12 @@ def pruned_row(directory: Path, record: Record) -> Row:
         directory.resolve().name,
         record.identity["model weights"],
         record.method,
-        record.pattern,
+        record.what,
         record.sparsity,
-        record.parameters.total - record.parameters.zero,
+        record.parameters.left,
         weights_bytes(directory),
         values,
+        record.structured,
     )
 
 
@@ -145,8 +150,9 @@ def _dense_row(record: Record, group: Sequence[Row]) -> Row:
         for column, found in row.values.items():
             if found.dense is not None:
                 values.setdefault(column, Value(found.dense, found.protocol))
-    # Zeros take as much room as other weights; where channels were removed the parent's size is not known.
-    disk_bytes = None if record.kept else group[0].disk_bytes
+    # Zeros take as much room as other weights.
+    as_large = next((row.disk_bytes for row in group if not row.structured), None)
+    disk_bytes = record.parameters.dense_bytes or as_large
     return Row(record.model.name, group[0].parent, "", "", 0.0, record.parameters.total, disk_bytes, values)
 
 
@@ -213,6 +219,8 @@ def notes(comparison: Comparison) -> list[str]:
     lines = []
     if any(value.difference is not None for row in comparison.rows for value in row.values.values()):
         lines.append("In brackets: pruned minus dense.")
+    if len({row.structured for row in comparison.rows if row.method}) > 1:
+        lines.append("Sparsity is a share of what a method may remove: of all prunable weights, or of channels and heads.")
     return lines + [f"[{mark}] measured otherwise: {text}." for mark, text in comparison.notes.items()]
 
 

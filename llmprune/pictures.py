@@ -235,16 +235,19 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]]) -> None:
 def parts(bars: Sequence[tuple[str, Sequence[tuple[float, str]]]], names: Mapping[str, str]) -> Draw:
     """Stacked bars: (label, [(size, kind)]); `names` says what a kind is called, in order of the legend.
 
-    Kinds are kept (full colour), fixed (grey) and zero (hatched).
+    Kinds are kept (full colour), fixed (grey), zero (hatched) and removed (empty).
     """
     look: dict[str, Any] = {
         "fixed": {"color": LIGHT["dense"]},
         "kept": {"color": LIGHT["blue"]},
         "zero": {"facecolor": LIGHT["paper"], "edgecolor": LIGHT["muted"], "hatch": "////", "linewidth": 0.8},
+        "removed": {"facecolor": LIGHT["paper"], "edgecolor": LIGHT["muted"], "linewidth": 0.8},
     }
 
     def draw(width: int) -> Figure:
-        with _rows(width, [label for label, _ in bars], [""] * len(bars), 48, 44 if width == WIDE else 64) as (figure, axes):
+        with _rows(
+            width, [label for label, _ in bars], [""] * len(bars), 48, 44 if width == WIDE else 10 + 18 * len(names)
+        ) as (figure, axes):
             axes.axis("off")
             for row, (_, pieces) in enumerate(bars):
                 start = 0.0
@@ -254,7 +257,11 @@ def parts(bars: Sequence[tuple[str, Sequence[tuple[float, str]]]], names: Mappin
             axes.set_xlim(0, max(sum(size for size, _ in pieces) for _, pieces in bars) * 1.002)
             handles = [Patch(**look[kind], label=text) for kind, text in names.items()]
             figure.legend(
-                handles=handles, loc="outside upper left", ncols=3 if width == WIDE else 1, handlelength=1.4, borderpad=0
+                handles=handles,
+                loc="outside upper left",
+                ncols=len(names) if width == WIDE else 1,
+                handlelength=1.4,
+                borderpad=0,
             )
         return figure
 
@@ -420,8 +427,15 @@ class Point:
     pattern: str | None = None
 
 
-def frontier(points: Sequence[Point], dense: float | None, label: str, *, log: bool, total: int, prunable: int) -> Draw:
-    """Quality against sparsity, a line per series, N:M apart; the upper axis counts non-zero parameters."""
+def frontier(
+    points: Sequence[Point], dense: float | None, label: str, *, log: bool, total: int, prunable: int, across: str
+) -> Draw:
+    """Quality against sparsity, a line per series, N:M apart; the upper axis counts the parameters that are left.
+
+    Args:
+        total, prunable: parameters, and those that a sparsity is a share of.
+        across: what a sparsity is called.
+    """
     names = list(dict.fromkeys(point.series for point in points))
     patterns = list(dict.fromkeys(point.pattern for point in points if point.pattern))
 
@@ -458,11 +472,11 @@ def frontier(points: Sequence[Point], dense: float | None, label: str, *, log: b
         axes.grid()
         axes.margins(x=0.08)
         axes.set_ylabel(label)
-        axes.set_xlabel("sparsity of the prunable weights")
+        axes.set_xlabel(across)
         axes.xaxis.set_major_locator(_ticks(9))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         size = axes.secondary_xaxis("top", functions=(nonzero, sparsity))
-        size.set_xlabel("non-zero parameters, millions")
+        size.set_xlabel("parameters left, millions" if prunable == total else "non-zero parameters, millions")
         size.xaxis.set_major_locator(_ticks(4 if width == NARROW else 8))
         size.spines["top"].set_visible(False)
         _legend(figure, entries)

@@ -101,12 +101,16 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
     """
     drawn = {picture.name: picture for picture in _pictures(record)}
     evaluation = record.evaluation
+    # Zeros take as much room as other weights.
+    dense_bytes = record.parameters.dense_bytes if record.kept else disk_bytes
     recipe = {key: value for key, value in record.recipe.items() if key not in ("output", "overwrite")}
     html = fill(
         "report.html.j2",
         record=record,
         pictures=drawn,
         disk_bytes=disk_bytes,
+        dense_bytes=dense_bytes,
+        dense_size="" if dense_bytes is None else "same as dense" if not record.kept else f"dense {size(dense_bytes)}",
         use=use_of(record),
         perplexities=perplexities(record),
         tasks=evaluation.tasks if evaluation else {},
@@ -261,12 +265,12 @@ def role_table(record: Record) -> list[RoleRow]:
     rows = []
     for role in grid.roles:
         linears = [linear for linear in record.linears.values() if linear.role == role]
-        shapes = dict.fromkeys(f"{linear.shape[0]} × {linear.shape[1]}" for linear in linears)
+        shapes = " × ".join(_span([linear.shape[side] for linear in linears]) for side in (0, 1))
         values = grid.column(role)
         rows.append(
             RoleRow(
                 role,
-                next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+                shapes,
                 sum(linear.size for linear in linears),
                 sum(linear.zeros for linear in linears),
                 min(values),
@@ -274,6 +278,11 @@ def role_table(record: Record) -> list[RoleRow]:
             )
         )
     return rows
+
+
+def _span(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return str(low) if low == high else f"{low} … {high}"
 
 
 def clock(record: Record) -> list[tuple[str, float]]:
@@ -344,6 +353,8 @@ def _score_picture(record: Record) -> Picture | None:
 
 
 def _sparsity_picture(record: Record) -> Picture | None:
+    if record.structured:  # what is left has hardly a zero, and zeros that fill up a shape are no decision
+        return None
     grid = sparsity_grid(record)
     low, high = grid.range()
     if high - low < SAME:
@@ -397,7 +408,11 @@ def _error_picture(record: Record) -> Picture | None:
 def _influence_picture(record: Record) -> Picture | None:
     series = []
     said = []
-    for key, label in (("influence", "block influence"), ("output_error", "output error of the pruned block")):
+    for key, label in (
+        ("influence", "block influence"),
+        ("importance", "importance"),
+        ("output_error", "output error of the pruned block"),
+    ):
         values: list[float | None] = [getattr(block, key) for block in record.blocks]
         there = {index: value for index, value in enumerate(values) if value is not None}
         if there:
@@ -419,15 +434,22 @@ def _kept_picture(record: Record) -> Picture | None:
 def _parameter_picture(record: Record) -> Picture:
     own = record.parameters
     fixed = own.total - own.prunable
+    # Of what was removed, zeros in its place; biases that make up for it are too few to see.
+    zeros = min(max((own.stored or own.left) - own.left, 0), own.zero) if record.format != "auto" else 0
+    if not record.structured:
+        zeros = own.zero
+    sizes = {
+        "fixed": (fixed, "never pruned"),
+        "kept": (own.prunable - own.zero, "prunable, kept"),
+        "zero": (zeros, "zero"),
+        "removed": (own.zero - zeros, "removed"),
+    }
+    shown = [kind for kind in sizes if kind in ("fixed", "kept", "removed" if record.structured else "zero") or sizes[kind][0]]
     bars = [
         ("dense", [(fixed, "fixed"), (own.prunable, "kept")]),
-        ("pruned", [(fixed, "fixed"), (own.prunable - own.zero, "kept"), (own.zero, "zero")]),
+        ("pruned", [(sizes[kind][0], kind) for kind in shown]),
     ]
-    names = {
-        "fixed": f"never pruned: {count(fixed)}",
-        "kept": f"prunable, kept: {count(own.prunable - own.zero)}",
-        "zero": f"zero: {count(own.zero)}",
-    }
+    names = {kind: f"{sizes[kind][1]}: {count(sizes[kind][0])}" for kind in shown}
     return render("parameters", f"Parameters. {'; '.join(names.values())}.", pictures.parts(bars, names))
 
 

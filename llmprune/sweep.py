@@ -51,14 +51,14 @@ def combinations(recipe: Recipe, names: Sequence[str], sparsities: Sequence[str]
     own: dict[str, object] = {key: given.pop(key) for key in ("sparsity", "pattern") if key in given}
     varied: list[dict[str, object]] = [{"sparsity": value} for value in sparsities]
     varied += [{"pattern": value} for value in patterns]
-    if not varied and not own:
+    if not varied and not own and recipe.target_params is None:
         raise LLMPruneError("There is nothing to sweep over: pass --sparsities, such as 0.3,0.5, or --patterns, such as 2:4.")
     found = {}
     for method in names or [recipe.method]:
         methods.load(method)
         for options in varied or [own]:
             one = from_options({"evaluate": TEXT, **given, **options, "method": method})
-            amount = one.pattern.replace(":", "of") if parse_nm(one.pattern) else f"{one.target:g}"
+            amount = one.pattern.replace(":", "of") if parse_nm(one.pattern) else one.target_params or f"{one.target:g}"
             output = recipe.output / f"{method}-{amount}"
             found[output] = one.model_copy(update={"output": output})
     return list(found.values())
@@ -127,8 +127,10 @@ def write_summary(directory: Path, runs: Sequence[Path]) -> Comparison:
     """Write `sweep.json`, and `sweep.html` with the frontiers as PNG beside it."""
     found = compare(runs)
     write_text(directory / SUMMARY, json.dumps(as_json(found), indent=2) + "\n")
-    record = read(runs[0])
-    drawn = frontiers(found, record.parameters.total, record.parameters.prunable)
+    record, *others = map(read, runs)
+    # What is a share of different things is compared as a share of the model.
+    alike = all(other.parameters.prunable == record.parameters.prunable for other in others)
+    drawn = frontiers(found, record.parameters.total, record.parameters.prunable if alike else None)
     html = fill(
         "sweep.html.j2",
         model=record.model.name,
@@ -136,18 +138,20 @@ def write_summary(directory: Path, runs: Sequence[Path]) -> Comparison:
         header=header(found),
         cells=cells(found),
         notes=notes(found),
+        zeros=any(row.method and not row.structured for row in found.rows),
     )
     write_page(html, drawn, directory / PAGE)
     return found
 
 
-def frontiers(comparison: Comparison, total: int, prunable: int) -> list[Picture]:
+def frontiers(comparison: Comparison, total: int, prunable: int | None) -> list[Picture]:
     """Perplexity, and the mean score of the tasks where more is better, against sparsity.
 
     What was measured in another way than the first of its column is left out.
 
     Args:
-        total, prunable: the dense model's parameters, and those that a sparsity is a share of.
+        total: the dense model's parameters.
+        prunable: those that a sparsity is a share of; None to take sparsities of the whole model.
     """
     measured = {column: row.values[column] for row in comparison.rows for column in row.values}
     tasks = [column for column in comparison.columns if column != PERPLEXITY and measured[column].higher_is_better]
@@ -162,13 +166,22 @@ def frontiers(comparison: Comparison, total: int, prunable: int) -> list[Picture
                 continue
             quality = fmean(row.values[column].value for column in columns)
             if row.method:
-                nm = row.pattern if parse_nm(row.pattern) else None
-                points.append(Point(row.method, row.sparsity, quality, nm))
+                nm = row.pattern if ":" in row.pattern else None
+                sparsity = 1 - row.nonzero / total if prunable is None else row.sparsity
+                points.append(Point(row.method, sparsity, quality, nm))
             else:
                 dense = quality
         if points:
             said = "; ".join(f"{one.series} {one.pattern or f'{one.sparsity:.0%}'}: {one.quality:.4g}" for one in points)
-            draw = pictures.frontier(points, dense, label, log=name == "perplexity", total=total, prunable=prunable)
+            draw = pictures.frontier(
+                points,
+                dense,
+                label,
+                log=name == "perplexity",
+                total=total,
+                prunable=prunable or total,
+                across="sparsity of the prunable weights" if prunable else "share of the model's parameters that was removed",
+            )
             alt = f"{label} against sparsity. " + (f"dense: {dense:.4g}; " if dense is not None else "") + said
             drawn.append(render(name, alt, draw))
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -262,6 +263,48 @@ def test_nothing_in_a_record_breaks_the_card(pruned: Path, text: str) -> None:
     assert {entry.dataset_name for entry in found.data.eval_results} == {text, "wikitext2"}
     assert any(key.startswith(" ".join(text.split())) for key in rows(found.text))
     assert "<script>" not in found.text.replace("`", "")
+
+
+# Structured results.
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with fewer channels, more in some blocks than in others."""
+    folder = tmp_path_factory.mktemp("smaller")
+    model = tiny.build("llama", folder / "dense")
+    options = {"calibration": "random", "samples": 8, "seqlen": 24, "device": "cpu", "output": folder / "smaller"}
+    return llmprune.prune(str(model), method="cfsp", sparsity=0.5, **options).directory
+
+
+def test_a_smaller_model_is_called_structured_and_not_sparse(smaller: Path) -> None:
+    found = written(smaller)
+    assert found.data.to_dict()["tags"] == ["llmprune", "pruned", "structured-pruning", "cfsp"]
+    table = rows(found.text)
+    assert table["FFN channels"] == ["156", "78", "-50.0 %"]
+    assert table["parameters"] == ["46.4 k", "38.0 k", "-18.2 %"]
+    assert "non-zero parameters" not in table
+    assert "unstructured" not in found.text.split("## Before and after")[0]
+
+
+def test_the_snippet_of_a_smaller_model_loads_it(smaller: Path, run_python: Callable[..., str]) -> None:
+    text = written(smaller).text
+    assert "loads after \\`import llmprune\\`, or anywhere with trust\\_remote\\_code=True" in text
+    first, second = (token.content for token in MarkdownIt().parse(text) if token.info == "python")
+    assert "trust_remote_code=True" in first
+    for snippet in (first, second):
+        name = run_python(f"{snippet}\nprint(type(model).__name__)", cwd=smaller.parent).splitlines()[-1]
+        assert name == "LLMPruneLlamaForCausalLM"
+
+
+def test_what_recovery_did_is_said(smaller: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(smaller, tmp_path / "recovered")
+    assert "nothing was trained afterwards" in written(copy).text
+    recovery = {"held_out": {"before": 5.0, "after": 4.5}, "best_step": 7, "train_tokens": 12_800}
+    text = written(copy, recovery=recovery).text
+    assert "trained on 12,800 tokens" in text
+    assert "5.0000 before, 4.5000 after" in text
+    assert "nothing was trained afterwards" not in text
 
 
 # What is taken over from the base model.

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from in_process import llmprune
-from records import PERPLEXITY, amend, evaluation, task
+from records import PERPLEXITY, amend, evaluation, structured, task
 from tiny import build
 
 from llmprune.compare import PERPLEXITY as COLUMN
@@ -72,6 +72,24 @@ def test_what_was_measured_alike_is_not_marked(variant):
         ]
     )
     assert comparison.marks == comparison.notes == {}
+
+
+def test_a_smaller_model_says_what_it_lost_and_does_not_lend_its_size_to_its_parent(variant):
+    own = structured()
+    smaller = variant("smaller", **{key: own[key] for key in ("recipe", "parameters", "kept", "dense_widths", "sparsity")})
+    dense, row = compare([smaller]).rows
+    assert (row.pattern, row.sparsity, row.nonzero) == ("channels", 0.2, own["parameters"]["total"] - 288)
+    assert dense.disk_bytes is None
+    assert notes(compare([smaller])) == []
+    dense, _, masked = compare([smaller, variant("zeros")]).rows
+    assert dense.disk_bytes == masked.disk_bytes
+    assert notes(compare([smaller, variant("others")]))[0].startswith("Sparsity is a share of what a method may remove")
+    known = variant("known", **{**own, "parameters": {**own["parameters"], "dense_bytes": 4321}})
+    assert compare([known]).rows[0].disk_bytes == 4321
+    assert (
+        "channels, masked"
+        in llmprune("compare", variant("kept", recipe={**own["recipe"], "format": "masked"}, kept=own["kept"])).out
+    )
 
 
 @pytest.mark.parametrize(

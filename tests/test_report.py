@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 from in_process import llmprune
-from records import PERPLEXITY, SHAPES, amend, evaluation, facts, task
+from records import PERPLEXITY, SHAPES, amend, evaluation, facts, structured, task
 from tiny import build
 
 from llmprune import pictures
@@ -361,6 +361,40 @@ def test_pictures_fit_a_phone_and_the_page(depth):
             assert float(found) * 96 / 72 == pytest.approx(width)
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("format", ["auto", "padded", "masked"])
+def test_a_structured_result_shows_widths_and_no_map_of_zeros(format):
+    record = Record.model_validate(structured(format=format))
+    text, drawn = page(record, 1000)
+    seen = Page(text)
+    assert seen.headings[0] == "What is left"
+    assert {picture.name for picture in drawn} == {"kept", "blocks", "parameters", "time"}
+    assert "unstructured" not in seen.texts["p"][0]
+    assert "".join(seen.texts["dd"][0].split()) == "48of60"
+    total, left = record.parameters.total, record.parameters.total - 288
+    if format == "auto":
+        assert seen.row("down") == ["8 × 12 … 20", "384", "0.00 %"]
+        assert seen.row("Parameters on disk") == [f"{total:,}", f"{left:,}"]
+        assert not [row for row in seen.rows if row and row[0].startswith(("Non-zero", "Parameters in use"))]
+    else:
+        assert seen.row("Parameters on disk") == [f"{total:,}", f"{total:,}"]
+        assert seen.row("Parameters in use") == [f"{total:,}", f"{left:,}"]
+    assert seen.row("Weights on disk") == ["–", "1.0 kB"]
+    assert page(Record.model_validate(structured(parameters=structured()["parameters"] | {"dense_bytes": 4000})), 1)[0].count(
+        "dense 4.0 kB"
+    )
+
+
+def test_the_parameters_picture_tells_removed_from_zero():
+    words = {}
+    for format in ("auto", "masked"):
+        drawn = {picture.name: picture for picture in page(Record.model_validate(structured(format=format)), 1)[1]}
+        words[format] = set(Page(drawn["parameters"].wide).texts["text"])
+    assert "removed: 288" in words["auto"]
+    assert not [word for word in words["auto"] if word.startswith("zero")]
+    assert {"zero: 288", "removed: 0"} <= words["masked"]
+
+
 def test_drawings_leave_their_ink_to_the_page(full):
     drawn = "".join(re.findall(r"<svg.*?</svg>", full, re.DOTALL))
     assert not [colour for colour in pictures.LIGHT.values() if colour in drawn]
@@ -376,6 +410,19 @@ def test_the_terminal_names_held_out_losses_and_errors_where_there_are_some(tmp_
     said = capsys.readouterr().out
     assert "3.2500, from 4.0000" in said
     assert "0.0400, from 0.0800" in said
+
+
+@pytest.mark.parametrize("format", ["auto", "padded", "masked"])
+def test_the_terminal_says_what_became_of_units_and_who_can_load_the_model(tmp_path, capsys, format):
+    show(Result(tmp_path, structured(format=format)))
+    said = capsys.readouterr().out
+    assert re.search(r"FFN channels +│ 60 +│ 48 ", said)
+    assert "unstructured" not in said
+    assert "sparsity" not in said
+    assert ("in use" in said) == (format != "auto")
+    assert ("trust_remote_code=True" in said) == (format == "auto")
+    assert ("loads with stock transformers" in said) == (format != "auto")
+    assert {"auto": "faster everywhere", "padded": "no smaller", "masked": "same size on disk, no speed-up"}[format] in said
 
 
 @pytest.fixture(scope="module")

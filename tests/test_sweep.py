@@ -181,6 +181,24 @@ def test_peak_memory_is_that_of_the_run_and_not_of_what_came_before_it(material,
     assert read_record(tmp_path / "magnitude-0.5")["peak_rss_bytes"] < peak - (1 << 29)
 
 
+def test_methods_that_remove_different_things_are_compared_as_shares_of_the_model(material, tmp_path):
+    options = ("--methods", "magnitude,cfsp", "--sparsities", "0.5", "--samples", "8", "--seqlen", "24")
+    assert sweep(material, tmp_path / "grid", *options).code == 0
+    dense, zeros, smaller = json.loads((tmp_path / "grid" / "sweep.json").read_text())["rows"]
+    assert (zeros["pattern"], smaller["pattern"]) == ("unstructured", "channels")
+    assert smaller["disk_bytes"] < zeros["disk_bytes"] == dense["disk_bytes"]
+    page = (tmp_path / "grid" / "sweep.html").read_text()
+    assert "share of the model" in page
+    for one in (zeros, smaller):
+        assert f"{1 - one['nonzero_parameters'] / dense['nonzero_parameters']:.0%}: " in page
+
+
+def test_a_number_of_parameters_is_an_amount_of_its_own(tmp_path):
+    recipe = Recipe(model="m", method="cfsp", target_params="40k", output=tmp_path)
+    (own,) = combinations(recipe, [], [], [])
+    assert own.output == tmp_path / "cfsp-40k"
+
+
 def row(name: str, method: str, sparsity: float, **values: float) -> Row:
     return Row(
         name, "parent", method, "unstructured", sparsity, 10, 10, {key: Value(value, {}) for key, value in values.items()}

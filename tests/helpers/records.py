@@ -80,3 +80,27 @@ def evaluation(tasks: dict[str, dict[str, object]], **protocol: object) -> dict[
 def amend(directory: Path, **changes: object) -> None:
     """Change a real record."""
     (directory / RECORD).write_bytes(sealed({**read_record(directory), **changes}, indent=2))
+
+
+def structured(depth: int = 3, *, format: str = "auto", **more: object) -> dict[str, object]:
+    """The content of llmprune.json of a run that removed 20 - 4 i of 20 FFN channels from block i."""
+    record = facts(depth, 0.0)
+    kept = [max(4, 20 - 4 * block) for block in range(depth)]
+    on_disk = kept if format == "auto" else [20] * depth
+    for name, linear in record["linears"].items():
+        width = on_disk[int(name.split(".")[2])]
+        linear["shape"] = [width if size == 20 else size for size in linear["shape"]]
+    cost = 3 * 8
+    prunable, zero = cost * 20 * depth, cost * sum(20 - width for width in kept)
+    total = record["parameters"]["total"]
+    record["recipe"] |= {"method": "cfsp", "format": format}
+    record["sparsity"] = zero / prunable
+    record["parameters"] |= {
+        "prunable": prunable,
+        "zero": zero,
+        "stored": total - cost * sum(20 - width for width in on_disk),
+    }
+    record["kept"], record["dense_widths"] = {"ffn": kept}, {"ffn": [20] * depth}
+    record["copied"] = {"modeling_llmprune.py": "00"} if format == "auto" else {}
+    record["blocks"] = [{"influence": None, "importance": 0.1 * (block + 1)} for block in range(depth)]
+    return record | copy.deepcopy(more)
