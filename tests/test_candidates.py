@@ -136,7 +136,7 @@ def test_too_few_samples_to_judge_by_are_refused(skeleton):
 
 def test_a_model_that_does_not_fit_in_memory_is_refused_with_a_way_out(skeleton, monkeypatch):
     monkeypatch.setattr(Skeleton, "free_memory", lambda self: 1000)
-    with pytest.raises(LLMPruneError, match="has the whole model in memory.*--allocation uniform"):
+    with pytest.raises(LLMPruneError, match=r"has the whole model in memory.*--allocation uniform"):
         Scaled(skeleton, samples())
 
 

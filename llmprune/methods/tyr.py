@@ -26,6 +26,7 @@ from typing import cast
 from .. import allocation, evolution, reconstruction
 from ..anatomy import Anatomy, Kept
 from ..anatomy import anatomy as anatomy_of
+from ..errors import LLMPruneError
 from ..evolution import Space, Stage, State
 from ..models import Linear
 from ..options import SearchOptions
@@ -41,15 +42,21 @@ STATISTIC = SplitHessian
 
 def prune(stream: Stream, recipe: Recipe) -> None:
     anatomy = anatomy_of(stream.skeleton.config)
-    positions = sub_layers(anatomy, recipe)
+    positions = stream.ranks.together(lambda: sub_layers(anatomy, recipe))
     found = settled(stream, recipe, anatomy, positions)
     write(stream, recipe, anatomy, positions, found.kept)
 
 
 def sub_layers(anatomy: Anatomy, recipe: Recipe) -> list[Position]:
-    """What may lose units, in the order it runs."""
+    """What may lose units, in the order it runs.
+
+    Raises:
+        LLMPruneError: a block has fewer channels than the multiple that is to be kept.
+    """
     widths = [sizes.channels for sizes in anatomy.blocks if sizes.channels]
-    multiple = recipe.multiple_of or allocation.width_multiple(min(widths))
+    multiple = recipe.multiple_of or allocation.width_multiple(min(widths, default=1))
+    if widths and min(widths) < multiple:
+        raise LLMPruneError(f"--multiple-of {multiple} is more than the {min(widths)} channels of a block: give a smaller one.")
     positions = []
     for block, sizes in enumerate(anatomy.blocks):
         for sublayer in ("attention", "mlp"):
@@ -59,7 +66,11 @@ def sub_layers(anatomy: Anatomy, recipe: Recipe) -> list[Position]:
 
 
 def uniform(recipe: Recipe, stream: Stream, positions: Sequence[Position]) -> list[int]:
-    """Units every sub-layer keeps where all lose the same share, as evenly as whole units can be."""
+    """Units every sub-layer keeps where all lose the same share, as evenly as whole units can be.
+
+    Raises:
+        LLMPruneError: no sub-layer of a type keeps any.
+    """
     kept = [0] * len(positions)
     stays = 1 - share_to_remove(recipe, stream.skeleton)
     for sublayer in READER:
@@ -67,7 +78,14 @@ def uniform(recipe: Recipe, stream: Stream, positions: Sequence[Position]) -> li
         if numbers:
             units = [positions[number].units for number in numbers]
             exact = sum(units[i] + positions[number].rest / positions[number].inputs for i, number in enumerate(numbers))
-            total = int(stays * exact + 0.5)
+            total = min(int(stays * exact + 0.5), sum(units))
+            if not total:
+                what = "KV groups" if recipe.heads == "kv_group" else "query heads of each KV group"
+                what = what if sublayer == "attention" else f"{positions[numbers[0]].inputs} channels"
+                hint = ", or --heads q_balanced" if sublayer == "attention" and recipe.heads == "kv_group" else ""
+                raise LLMPruneError(
+                    f"To remove {1 - stays:.2%} would leave none of the model's {sum(units)} {what}: ask for less{hint}."
+                )
             evenly = allocation.evenly(total, len(numbers)) if len(set(units)) == 1 else None
             shared = evenly or allocation.apportion([stays] * len(units), units, total, low=0)
             for number, share in zip(numbers, shared, strict=True):
@@ -90,7 +108,11 @@ def settled(stream: Stream, recipe: Recipe, anatomy: Anatomy, positions: Sequenc
     options = recipe.search
     assert options
     iterations = options.iterations if recipe.allocation == "searched" else 0
-    found = restored(stream) or Found(0, uniform(recipe, stream, positions))
+    # Together, so that no rank reads what the main one is about to replace.
+    found = stream.ranks.together(lambda: restored(stream) or Found(0, uniform(recipe, stream, positions)))
+    if found.iteration < iterations:
+        # Levels take long to make: with progress on the disk an interrupted run leaves them there.
+        keep(stream, found)
     while found.iteration < iterations:
         supernet = supernet_of(stream, recipe, anatomy, positions, found)
         found = searched(stream, recipe, anatomy, supernet, found)
@@ -106,6 +128,8 @@ def supernet_of(stream: Stream, recipe: Recipe, anatomy: Anatomy, positions: Seq
     steps = [evolution.step_units(position.units, interval) for position in positions]
     folder = stream.output.directory / STATE
     supernet = Supernet(folder, found.iteration, positions, found.kept, steps, options.levels)
+    if stream.ranks.is_main:
+        supernet.remove_others()
     numbers = {(position.block, READER[position.sublayer]): number for number, position in enumerate(positions)}
     finished = all(supernet.file(number).is_file() for number in range(len(positions)))
     if not stream.ranks.from_main(int(finished)):
@@ -157,12 +181,15 @@ def searched(stream: Stream, recipe: Recipe, anatomy: Anatomy, supernet: Superne
     assert stream.calibration_NT is not None
     costs = [step * position.cost for step, position in zip(supernet.steps, positions, strict=True)]
     joint = recipe.type_coupling == "joint"
+    # What earlier iterations removed beyond the budget is this one's no more.
+    even = uniform(recipe, stream, positions)
+    excess = sum(position.cost * (was - now) for position, was, now in zip(positions, even, found.kept, strict=True))
     space = Space(
         labels=tuple("all" if joint else position.sublayer for position in positions),
         lowest=tuple(low for low, _ in supernet.bounds),
         highest=tuple(high for _, high in supernet.bounds),
         costs=tuple(costs),
-        slack=min(costs) - 1 if joint else 0,
+        slack=max(min(costs) - 1 - excess, 0) if joint else 0,
     )
     centre = (0,) * len(positions)
 
