@@ -447,6 +447,8 @@ def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
     recipe = ready.recipe.model_dump(mode="json")
     # Without calibration the sequence length is only the evaluation's.
     identity = {key: str(recipe[key]) for key in DECISIVE if tokens or key != "seqlen"}
+    if ready.recipe.plan:
+        identity["plan"] = hash_file(ready.recipe.plan)[:16]
     identity["device"] = ready.skeleton.device.type
     if ready.skeleton.device.type == "cuda":
         # GPU libraries choose their kernels, and so their rounding, by shape.

@@ -55,7 +55,7 @@ IMPLIED: dict[str, dict[str, object]] = {
 }
 # Methods that remove FFN channels or attention heads, and what belongs to them alone.
 STRUCTURED = ("cfsp", "tyr")
-STRUCTURAL = ("of", "target_params", "multiple_of", "heads", "metric", "compensate", "format", "type_coupling")
+STRUCTURAL = ("of", "target_params", "multiple_of", "heads", "metric", "compensate", "format", "plan", "type_coupling")
 # What only methods that choose single weights can be told.
 WEIGHTWISE = ("pattern", "group", "refine", "reconstruct", "rounds")
 # Which method or option takes each group of options.
@@ -104,6 +104,9 @@ class Recipe(BaseModel):
     format: Literal["auto", "padded", "masked"] = Field(
         "auto",
         description="Smaller matrices, in a class of llmprune's where widths differ; padded to equal widths; zeros in place.",
+    )
+    plan: Path | None = Field(
+        None, description="A llmprune_plan.json: CFSP removes what it says instead of choosing, so leave --sparsity out."
     )
     type_coupling: Literal["separate", "joint"] = Field(
         "separate", description="Týr conserves heads and channels each, or lets one trade with the other at equal parameters."
@@ -263,6 +266,8 @@ class Recipe(BaseModel):
                     f"--{name} {getattr(self, name)} is about single weights, and --method {self.method} removes whole "
                     "channels or heads: leave it out."
                 )
+        if self.plan is not None and (self.sparsity is not None or self.target_params is not None):
+            raise LLMPruneError(f"--plan {self.plan} says how much to remove: leave --sparsity and --target-params out.")
         if self.target_params is not None and (self.sparsity is not None or self.of == "model"):
             raise LLMPruneError(
                 f"--target-params {self.target_params} says how much to remove, and so does --sparsity: give one of them."
@@ -276,6 +281,7 @@ class Recipe(BaseModel):
         for flag, methods in (
             ("metric", ("cfsp",)),
             ("compensate", ("cfsp",)),
+            ("plan", ("cfsp",)),
             ("heads", ("tyr",)),
             ("type_coupling", ("tyr",)),
         ):

@@ -13,7 +13,7 @@ from .models import Skeleton
 from .recipe import Recipe
 from .refinement import observed
 from .statistics import SplitHessian
-from .structure import parameters_asked_for
+from .structure import parameters_asked_for, plan_of
 
 # The papers' calibration set, used where a GPU makes it cheap.
 PAPER_SAMPLES, PAPER_SEQLEN = 128, 2048
@@ -107,6 +107,9 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
         if getattr(recipe, key) is None and key not in values:
             values[key], reasons[key] = value, reason
 
+    if plan := plan_of(recipe, skeleton):
+        values["heads"] = plan.heads_mode
+        choose("sparsity", 1 - plan.channels_left, "what the plan removes of the FFN channels")
     if recipe.target_params:
         wanted, there = parameters_asked_for(recipe.target_params), skeleton.parameters()
         if not 0 < wanted <= there:

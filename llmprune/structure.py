@@ -19,6 +19,7 @@ from torch import Tensor
 from . import surgery
 from .anatomy import Anatomy, Kept, Sizes, kv_heads_of, positions
 from .anatomy import anatomy as anatomy_of
+from .checkpoint import reading
 from .errors import LLMPruneError
 from .models import Linear, Skeleton
 from .recipe import Recipe
@@ -86,6 +87,22 @@ def check(recipe: Recipe, skeleton: Skeleton) -> None:
             f"The stock classes of {anatomy.family!r} have no bias in the FFN to compensate with: leave out --format padded, "
             "or give another --compensate."
         )
+
+
+def plan_of(recipe: Recipe, skeleton: Skeleton) -> Plan | None:
+    """The plan that the recipe names, if it names one.
+
+    Raises:
+        LLMPruneError: it cannot be read, is damaged, or is for another model.
+    """
+    if recipe.plan is None:
+        return None
+    if not recipe.plan.is_file():
+        raise LLMPruneError(f"--plan {recipe.plan} does not exist: give a {PLAN} that llmprune wrote.")
+    with reading(recipe.plan):
+        plan = Plan.from_json(recipe.plan.read_text(encoding="utf-8"))
+    plan.check(anatomy_of(skeleton.config), skeleton.checkpoint.fingerprint()[:16])
+    return plan
 
 
 def down_name(anatomy: Anatomy) -> str:

@@ -252,6 +252,11 @@ class Plan:
                 "that it was made for."
             )
 
+    @property
+    def channels_left(self) -> float:
+        """Share of all FFN channels that stay."""
+        return sum(len(kept.channels) for kept in self.blocks) / max(1, sum(sizes.channels for sizes in self.sizes))
+
     def stored_sizes(self, anatomy: Anatomy) -> tuple[Sizes, ...]:
         """Widths of every shrunk block."""
         return tuple(anatomy.stored_sizes(kept, index) for index, kept in enumerate(self.blocks))

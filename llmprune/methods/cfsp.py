@@ -27,6 +27,7 @@ depend on the number of calibration tokens; here budgets are met exactly and imp
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,38 +36,46 @@ from .. import allocation, reconstruction
 from ..anatomy import Kept
 from ..anatomy import anatomy as anatomy_of
 from ..elimination import restricted
-from ..models import Linear
+from ..models import Linear, Skeleton
 from ..recipe import Recipe
 from ..statistics import CrossHessian, Hessian, Moments
 from ..stream import Block, Stream
-from ..structure import Surgeon, fit, share_to_remove
+from ..structure import Surgeon, fit, plan_of, share_to_remove
 
 STATISTIC = Moments
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
-    skeleton = stream.skeleton
-    anatomy = anatomy_of(skeleton.config)
     importance_B, score_BD, mean_BD = looked_at(stream, recipe)
-    dense_B = [sizes.channels for sizes in anatomy.blocks]
-    removed = share_to_remove(recipe, skeleton)
-    ratios = allocation.keep_ratios(importance_B, removed, gain=0.0 if recipe.allocation == "uniform" else 1.0)
-    multiple = recipe.multiple_of or allocation.width_multiple(min(dense_B))
-    width_B = allocation.widths(ratios, dense_B, (1 - removed) * sum(dense_B), multiple=multiple)
-    kept_B = [
-        Kept(highest(score_D, width), tuple(range(sizes.heads)))
-        for score_D, width, sizes in zip(score_BD, width_B, anatomy.blocks, strict=True)
-    ]
-    surgeon = stream.operate(Surgeon(skeleton, recipe, kept_B))
+    given = plan_of(recipe, stream.skeleton)
+    kept_B = list(given.blocks) if given else chosen(stream.skeleton, recipe, importance_B, score_BD)
+    surgeon = stream.operate(Surgeon(stream.skeleton, recipe, kept_B))
     for block in stream.blocks(forward=recipe.compensate == "lstsq"):
         block.notes["importance"] = importance_B[block.index]
         kept = kept_B[block.index]
         if recipe.compensate == "lstsq":
             fit_down(block, surgeon, kept, recipe)
         else:
-            if recipe.compensate == "bias":
+            if recipe.compensate == "bias" and len(mean_BD[block.index]):
                 surgeon.make_up(block, lost_on_average(down_of(block), mean_BD[block.index], kept))
             surgeon.cut(block, kept)
+
+
+def chosen(skeleton: Skeleton, recipe: Recipe, importance_B: Sequence[float], score_BD: Sequence[Tensor]) -> list[Kept]:
+    """How many channels of every block stay, and which."""
+    anatomy = anatomy_of(skeleton.config)
+    kept_B = [sizes.everything() for sizes in anatomy.blocks]
+    # A model that was pruned before may have blocks without an FFN.
+    able = [block for block, sizes in enumerate(anatomy.blocks) if sizes.channels]
+    dense = [anatomy.blocks[block].channels for block in able]
+    removed = share_to_remove(recipe, skeleton)
+    gain = 0.0 if recipe.allocation == "uniform" else 1.0
+    ratios = allocation.keep_ratios([importance_B[block] for block in able], removed, gain=gain)
+    multiple = recipe.multiple_of or allocation.width_multiple(min(dense))
+    widths = allocation.widths(ratios, dense, (1 - removed) * sum(dense), multiple=multiple)
+    for block, width in zip(able, widths, strict=True):
+        kept_B[block] = Kept(highest(score_BD[block], width), kept_B[block].heads)
+    return kept_B
 
 
 def looked_at(stream: Stream, recipe: Recipe) -> tuple[list[float], list[Tensor], list[Tensor]]:
@@ -80,6 +89,7 @@ def looked_at(stream: Stream, recipe: Recipe) -> tuple[list[float], list[Tensor]
         tensors: dict[str, Tensor] = {}
         importance_B = []
         for block in stream.survey().blocks():
+            tensors |= {f"{key}.{block.index}": torch.zeros(0) for key in ("score", "mean")}
             for down, inputs in block.observe(Moments, {"down"}):
                 tensors[f"score.{block.index}"] = score(block, down, inputs, recipe).cpu()
                 tensors[f"mean.{block.index}"] = inputs.mean_I.cpu()
@@ -141,6 +151,7 @@ def lost_on_average(down: Linear, mean_D: Tensor, kept: Kept) -> Tensor:
 
 def fit_down(block: Block, surgeon: Surgeon, kept: Kept, recipe: Recipe) -> None:
     """Cut the block, its kept columns of down fitted to what all of them gave."""
+    surgeon.cut(block, Kept(surgeon.anatomy.blocks[block.index].everything().channels, kept.heads))
     kind = CrossHessian if recipe.match == "dense" else Hessian
     assert recipe.damping
     for down, inputs in block.observe(kind, {"down"}):
