@@ -131,10 +131,10 @@ class SearchOptions(BaseModel):
     )
     interval: float = Field(default=0.125, gt=0, lt=1, description="Sparsity between two levels of the first search [0.125].")
     levels: int = Field(default=9, ge=3, description="Levels of each sub-layer, its present one in the middle [9].")
-    generations: int = Field(default=10, ge=0, description="Generations of a search [50].")
-    offspring: int = Field(default=16, ge=1, description="Candidates of a generation [128].")
+    generations: int = Field(default=6, ge=0, description="Generations of a search [50].")
+    offspring: int = Field(default=12, ge=1, description="Candidates of a generation [128].")
     stages: tuple[tuple[int, int], ...] = Field(
-        default=((4, 1024), (1, 2048)),
+        default=((4, 512), (1, 2048)),
         min_length=1,
         description="How many candidates survive on how many tokens, stage by stage [16 on 2048, 4 on 16384, 1 on 131072].",
     )
