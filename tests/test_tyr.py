@@ -29,7 +29,7 @@ from llmprune.supernet import Position, Shrunk, Supernet
 
 HARNESS = Path(__file__).parent / "helpers" / "crash_harness.py"
 GROUPS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12}
-SEARCH = {"iterations": 1, "generations": 2, "offspring": 4, "stages": [[2, 64], [1, 96]], "top_k": 32}
+SEARCH = {"iterations": 1, "generations": 2, "offspring": 4, "stages": [[2, 32], [1, 48]], "top_k": 32}
 OPTIONS = {"method": "tyr", "calibration": "random", "samples": 16, "seqlen": 16, "sparsity": 0.5}
 
 
@@ -158,7 +158,7 @@ def test_uneven_blocks_and_rests_never_keep_more_than_there_is(widths, share, mo
 @pytest.mark.parametrize("heads", ["kv_group", "q_balanced"])
 def test_all_formats_are_one_model(model_dir, tmp_path, heads):
     for format in ("auto", "padded", "masked"):
-        prune(model_dir, tmp_path / format, format=format, heads=heads)
+        prune(model_dir, tmp_path / format, format=format, heads=heads, search={"generations": 1})
         assert kept(tmp_path / format) == kept(tmp_path / "auto")
         torch.testing.assert_close(logits(tmp_path / format), logits(tmp_path / "auto"), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(tmp_path / "auto"), logits(model_dir), atol=0.1)
@@ -338,7 +338,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+QUICK = ("levels of the second block", "a generation", "the last pruning's middle")
+
+
+@pytest.mark.parametrize("place", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in PLACES])
 def test_a_run_interrupted_anywhere_goes_on_to_the_same_bytes(model_dir, tmp_path, monkeypatch, undisturbed, place):
     owner, name, count = PLACES[place]
     work, left = getattr(owner, name), [count]
