@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from .methods import icbs
+from .models import Linear
 from .output import free_bytes
 from .pruning import Prepared, output_directory
-from .statistics import Hessian
+from .statistics import CrossHessian, Hessian, Statistic
+from .structure import prunable_parameters, share_to_remove
+from .supernet import READER
 
 # Python, torch and transformers before any tensor, measured with `python -m llmprune env` on Linux.
 BASELINE_BYTES = 450 << 20
@@ -38,17 +41,19 @@ def make_plan(ready: Prepared) -> Plan:
     recipe, skeleton = ready.recipe, ready.skeleton
     tokens = (recipe.samples or 0) * (recipe.seqlen or 0) if ready.statistic else 0
     forwards = count_forwards(ready)
+    statistic = gathered(ready)
     linear_flops = 2 * skeleton.prunable_parameters()
     attention_flops = 2 * (recipe.seqlen or 0) * skeleton.hidden_size * len(skeleton.blocks)
     flops = forwards * tokens * (linear_flops + attention_flops)
-    if ready.statistic and issubclass(ready.statistic, Hessian):
+    if statistic and issubclass(statistic, Hessian):
         flops += sum(tokens * features**2 * 1.3 for features in _inputs(ready))
         flops += sum(features**3 * 4 / 3 for features in _inputs(ready))
         if recipe.match == "dense":
             flops += sum(tokens * features**2 * 2 for features in _inputs(ready))
         # A product of the matrix with the Hessian: SparseGPT's sweep is half of one.
         products = 2 * recipe.rounds + 2 * LSTSQ_STEPS if recipe.reconstruct == "lstsq" else 1
-        flops += products * sum(linear.shape[0] * linear.shape[1] ** 2 for linear in skeleton.all_linears())
+        observed = [linear for linears in skeleton.linears for linear in looked_at(ready, linears)]
+        flops += products * sum(linear.shape[0] * linear.shape[1] ** 2 for linear in observed)
     parts = memory_parts(ready)
     if recipe.icbs:
         # Its streaming start is over, and its memory free, when the search begins.
@@ -57,7 +62,11 @@ def make_plan(ready: Prepared) -> Plan:
         batch = recipe.icbs.batch_size * (recipe.seqlen or 0)
         # A step: a forward, a backward of twice that, and a forward of what is held out.
         flops += recipe.icbs.steps * (3 * batch + tokens / recipe.icbs.holdout) * 2 * skeleton.parameters()
-    disk = skeleton.checkpoint.nbytes
+    if recipe.search:
+        # The search has the dense model in memory, after the streaming that makes its levels.
+        search = {"python, torch, transformers": BASELINE_BYTES, "the whole model": _whole(ready)}
+        parts = max(parts, search, key=lambda each: sum(each.values()))
+    disk = bytes_on_disk(ready)
     overhead = disk / 1e9 + 3e-9 * 8 * skeleton.prunable_parameters()
     return Plan(
         sum(parts.values()),
@@ -75,13 +84,68 @@ def count_forwards(ready: Prepared) -> float:
     recipe, skeleton = ready.recipe, ready.skeleton
     if ready.statistic is None:
         return 0.0
+    if recipe.method == "cfsp":
+        # One looks at the dense model, others at what a fit is for.
+        return 1.0 + (0.0 if recipe.compensate != "lstsq" else 2.0 if recipe.match == "dense" else 1.0)
+    searches = _search_forwards(ready)
     if recipe.match == "dense":
-        return 2.0
+        return searches + 2.0
     if recipe.sequential == "sublayer" or recipe.propagate == "dense":
-        return 1.0
+        return searches + 1.0
     # The observing pass stops before the last linear, and the last block's output is not needed.
     last = skeleton.linears[0][-1].numel / sum(linear.numel for linear in skeleton.linears[0])
-    return 2 - last - 1 / len(skeleton.blocks)
+    return searches + 2 - last - 1 / len(skeleton.blocks)
+
+
+def _search_forwards(ready: Prepared) -> float:
+    """What a search reads: its levels' statistics, and the tokens that candidates are compared on."""
+    options, calibration = ready.recipe.search, (ready.recipe.samples or 0) * (ready.recipe.seqlen or 0)
+    if options is None or ready.recipe.allocation != "searched":
+        return 0.0
+    assert calibration
+    tokens, candidates = 0, options.offspring
+    for place, (survivors, each) in enumerate(options.stages, 1):
+        # The parent is among those of the last stage.
+        tokens += each * (candidates + (place == len(options.stages)))
+        candidates = survivors
+    return options.iterations * (1 + options.generations * tokens / calibration)
+
+
+def bytes_on_disk(ready: Prepared) -> int:
+    """What the result takes, or the levels of a search where they take more. Blocks that are padded count as whole."""
+    recipe, skeleton = ready.recipe, ready.skeleton
+    whole = skeleton.checkpoint.nbytes
+    if not recipe.structured:
+        return whole
+    width = next(iter(skeleton.block_entries(0).values())).dtype.itemsize
+    removed = share_to_remove(recipe, skeleton)
+    smaller = whole - int(removed * prunable_parameters(recipe, skeleton)) * width
+    levels = 0
+    if recipe.search and recipe.allocation == "searched":
+        read = [linear for linears in skeleton.linears for linear in looked_at(ready, linears)]
+        levels = int(recipe.search.levels * (1 - removed) * sum(linear.numel for linear in read)) * width
+    return max(levels, smaller if recipe.format == "auto" else whole)
+
+
+def _whole(ready: Prepared) -> int:
+    """Bytes of the whole model, of the weights that a candidate has in its own, and of some logits."""
+    skeleton = ready.skeleton
+    logits = 4 * 4 * (ready.recipe.seqlen or 0) * skeleton.vocab_size
+    return (skeleton.parameters() + skeleton.prunable_parameters()) * skeleton.dtype.itemsize + logits
+
+
+def looked_at(ready: Prepared, linears: list[Linear]) -> list[Linear]:
+    """Of a block's linears, those whose inputs the method looks at: all, or those that read what it removes."""
+    roles = {"cfsp": ("down",), "tyr": tuple(READER.values())}.get(ready.recipe.method)
+    return [linear for linear in linears if roles is None or linear.role in roles]
+
+
+def gathered(ready: Prepared) -> type[Statistic] | None:
+    """The largest statistic of the run."""
+    recipe = ready.recipe
+    if recipe.method == "cfsp" and recipe.compensate == "lstsq":
+        return CrossHessian if recipe.match == "dense" else Hessian
+    return ready.statistic
 
 
 def memory_parts(ready: Prepared) -> dict[str, int]:
@@ -111,11 +175,14 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
         if not recipe.offload_activations:
             parts["activations"] = tokens * skeleton.hidden_size * width * (2 if recipe.match == "dense" else 1)
         live = recipe.micro_batch * recipe.seqlen
-        if recipe.sequential == "sublayer" and recipe.propagate == "pruned":
+        only_looks = recipe.method == "cfsp" and recipe.compensate != "lstsq"
+        if not only_looks and recipe.sequential == "sublayer" and recipe.propagate == "pruned":
             live = tokens * (2 if recipe.match == "dense" else 1)
         widest = sum(linear.shape[0] for linear in skeleton.linears[0])
         forward = 2 * live * (widest + 4 * skeleton.hidden_size) * width
-        sizes = [ready.statistic.size(features) for features in _inputs(ready, block=0)]
+        statistic = gathered(ready)
+        assert statistic
+        sizes = [statistic.size(features) for features in _inputs(ready, block=0)]
         parts["statistics"] = sum(sizes)
         hessian = max(Hessian.size(features) for features in _inputs(ready, block=0))
         if recipe.reconstruct == "sparsegpt":
@@ -124,6 +191,9 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
         elif recipe.reconstruct == "lstsq":
             # The matrices of conjugate gradients, and the Hessian in float32 (fit, held out, damped, scaled) and float64.
             deciding += 5 * 4 * largest + 8 * hessian
+        elif recipe.method == "tyr" or (recipe.method == "cfsp" and recipe.compensate == "lstsq"):
+            # A damped copy, its part of the kept inputs and the factor of that in float64.
+            deciding += 6 * hessian
         elif recipe.refine == "icbs":
             deciding += 3 * 4 * largest + 3 * hessian
         parts["writing and a forward, or scores"] = max(writing + forward, deciding)
@@ -140,7 +210,8 @@ def _inputs(ready: Prepared, block: int | None = None) -> list[int]:
     """Widths of the distinct inputs of the linears: q, k, v read one tensor, gate and up another."""
     shared = {"k": "q", "v": "q", "up": "gate"}
     found = []
-    for linears in ready.skeleton.linears if block is None else [ready.skeleton.linears[block]]:
+    for every in ready.skeleton.linears if block is None else [ready.skeleton.linears[block]]:
+        linears = looked_at(ready, every)
         roles = {linear.role for linear in linears}
         found += [linear.shape[1] for linear in linears if shared.get(linear.role) not in roles]
     return found

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from in_process import llmprune
+from tiny import build
+
+from llmprune.checkpoint import Checkpoint
+from llmprune.verify import read_record
 
 sys.path.append(str(Path(__file__).parent.parent / "evals" / "bench"))
 from random_llama import write
@@ -45,3 +49,55 @@ def test_a_run_takes_the_memory_that_was_planned(tmp_path, dtype):
     command = [sys.executable, "-m", "llmprune", "prune", *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert planned == pytest.approx(json.loads(done.stdout)["peak_rss_bytes"], rel=0.15)
+
+
+SMALL = ["--method=cfsp", "--calibration=random", "--samples=8", "--seqlen=24"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--compensate=none"],
+        ["--compensate=bias", "--allocation=uniform"],
+        ["--compensate=lstsq"],
+        ["--compensate=lstsq", "--match=dense", "--format=padded"],
+        ["--compensate=none", "--format=masked"],
+        ["--of=model", "--sparsity=0.15"],
+    ],
+    ids=" ".join,
+)
+def test_a_smaller_models_forwards_and_bytes_are_those_that_were_planned(tmp_path, flags):
+    build("llama", tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--output", tmp_path / "out", *SMALL, *flags]
+    planned = json.loads(llmprune("plan", *options, "--json").out)
+    assert llmprune("prune", *options, "-q").code == 0
+    record = read_record(tmp_path / "out")
+    assert planned["forwards"] == record["clock_seconds"]["forwards"] / 3
+    stored = sum(entry.nbytes for entry in Checkpoint.open(tmp_path / "out").entries.values())
+    if "--format=padded" in flags:
+        assert planned["disk_bytes"] >= stored
+    else:
+        # Biases that make up for channels are 3 x 36 weights; whole channels round the budget.
+        assert planned["disk_bytes"] == pytest.approx(stored, abs=4 * 3 * 36 * 2)
+    whole = {"--format=padded", "--format=masked"} & set(flags)
+    assert (planned["disk_bytes"] == Checkpoint.open(tmp_path / "model").nbytes) == bool(whole)
+
+
+def test_the_plan_of_a_smaller_model_says_what_can_be_removed(tmp_path):
+    build("llama", tmp_path / "model")
+    out = llmprune("plan", "--model", tmp_path / "model", "--output", tmp_path / "out", *SMALL).out
+    assert "prunable: FFN channels of 3 blocks, 0.0 M parameters = 36.3% of the model" in out
+
+
+def test_a_search_holds_the_whole_model_and_reads_more(tmp_path):
+    build("llama", tmp_path / "model")
+    options = ["--model", tmp_path / "model", *SMALL[1:3], "--seqlen=64", "--method=tyr"]
+    few, searched = "--search=stages: [[2, 128], [1, 256]], generations: 4, offspring: 8, iterations: 1", "--allocation=uniform"
+    searching, uniform = plan_of(*options, few), plan_of(*options, few, searched)
+    assert uniform["forwards"] == 1
+    # 8 samples of 64; a generation reads 8 x 128 and then 3 x 256 tokens.
+    assert searching["forwards"] == 1 + 1 + 4 * (8 * 128 + 3 * 256) / 512
+
+
+def plan_of(*options):
+    return json.loads(llmprune("plan", *options, "--json").out)
