@@ -9,15 +9,17 @@ is the search's pool. Ranks share candidates, and all get all losses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from . import evolution
 from .errors import LLMPruneError
-from .evolution import Candidate
+from .evolution import Candidate, Space, Stage, State
 from .models import Skeleton
+from .options import SearchOptions
 from .ranks import Ranks
 from .statistics import SplitHessian
 from .teacher import Teacher
@@ -94,6 +96,48 @@ class Candidates(ABC):
             found[number] = sum(self.teacher.kl(window, self.logits(window)) for window in windows) / len(windows)
         self.ranks.sum(found)
         return found.tolist()
+
+    def search(
+        self,
+        space: Space,
+        start: Candidate,
+        options: SearchOptions,
+        *,
+        seed: int,
+        on_generation: Callable[[State], None],
+        resume: State | None,
+    ) -> tuple[Candidate, dict[str, object]]:
+        """Look for a better candidate than the start, and judge the two on held-out samples.
+
+        Args:
+            space, start, seed, on_generation, resume: as for `evolution.search`.
+            options: the recipe's.
+
+        Returns:
+            The better one, the start if they are equal, and the search's account for the record.
+        """
+        window = self.ids_WT.shape[1]
+        with self.resident():
+            state = evolution.search(
+                space,
+                start,
+                self.losses,
+                generations=options.generations,
+                offspring=options.offspring,
+                stages=[Stage(*stage) for stage in options.stages],
+                pool_tokens=self.pool * window,
+                window=window,
+                seed=seed,
+                on_generation=on_generation,
+                resume=resume,
+            )
+            rivals = [start, state.parent]
+            held_out = self.held_out_losses(rivals)
+        account: dict[str, object] = {
+            "held_out": dict(zip(("before", "found"), held_out, strict=True)),
+            "generations": state.as_json()["history"],
+        }
+        return evolution.choose(rivals, held_out), account
 
     def held_out_losses(self, candidates: Sequence[Candidate]) -> list[float]:
         """The same on the samples that no search has seen."""

@@ -13,9 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import evolution
 from .candidates import Candidates
-from .evolution import Candidate, Space, Stage, State
+from .evolution import Candidate, Space, State
 from .models import Skeleton
 from .options import SearchOptions
 from .output import Output
@@ -119,29 +118,10 @@ def search_sparsities(
         space, sparsities = spread(skeleton, centre, interval, options)
         candidates.rank(sparsities, list(space.lowest), recipe)
         start: Candidate = (0,) * len(centre)
-        with candidates.resident():
-            state = evolution.search(
-                space,
-                start,
-                candidates.losses,
-                generations=options.generations,
-                offspring=options.offspring,
-                stages=[Stage(*stage) for stage in options.stages],
-                pool_tokens=candidates.pool * ids_NT.shape[1],
-                window=ids_NT.shape[1],
-                seed=recipe.seed + iteration,
-                on_generation=save,
-                resume=state,
-            )
-            rivals = [start, state.parent]
-            held_out = candidates.held_out_losses(rivals)
-        best = evolution.choose(rivals, held_out)
+        seed = recipe.seed + iteration
+        best, account = candidates.search(space, start, options, seed=seed, on_generation=save, resume=state)
         after = [levels[level - low] for levels, level, low in zip(sparsities, best, space.lowest, strict=True)]
-        summary: dict[str, object] = {
-            "sparsities": {"before": centre, "after": after},
-            "held_out": dict(zip(("before", "found"), held_out, strict=True)),
-            "generations": state.as_json()["history"],
-        }
+        summary: dict[str, object] = {"sparsities": {"before": centre, "after": after}, **account}
         centre, history, state = after, [*history, summary], None
         keep(None)
     return centre, history

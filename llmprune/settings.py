@@ -172,7 +172,7 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
         few = fitted < TOKENS_PER_INPUT
         choose("damping", 0.3 if few else 0.1, f"{fitted:.0f} tokens per input of the widest linear{', few' if few else ''}")
     settled = recipe.model_copy(update=values)
-    if settled.search:
+    if settled.allocation == "searched" and settled.search and settled.search.iterations:
         _check_pool(settled)
     return settled, reasons
 

@@ -71,16 +71,16 @@ def parameters_asked_for(text: str) -> int:
 def check(recipe: Recipe, skeleton: Skeleton) -> None:
     """Raise `LLMPruneError` if the architecture cannot be pruned or stored as the recipe says."""
     anatomy = anatomy_of(skeleton.config)
+    if recipe.method == "tyr" and not anatomy.physical:
+        raise LLMPruneError(
+            f"--method tyr searches among smaller models, which architecture {anatomy.family!r} cannot be: use --method cfsp "
+            "--format masked."
+        )
     anatomy.check_format(recipe.format)
     if recipe.format == "auto" and not hasattr(skeleton.config, "per_layer_config"):
         raise LLMPruneError(
             "Blocks of different widths need a transformers that has per_layer_config (5.14 or later), and this one does not: "
             "update it, or pass --format padded or masked."
-        )
-    if recipe.method == "tyr" and not anatomy.physical:
-        raise LLMPruneError(
-            f"--method tyr searches among smaller models, which architecture {anatomy.family!r} cannot be: use --method cfsp "
-            "--format masked."
         )
     if recipe.compensate == "bias" and recipe.format == "padded" and not anatomy.linears[down_name(anatomy)].bias:
         raise LLMPruneError(

@@ -27,7 +27,7 @@ from .. import allocation, evolution, reconstruction
 from ..anatomy import Anatomy, Kept
 from ..anatomy import anatomy as anatomy_of
 from ..errors import LLMPruneError
-from ..evolution import Space, Stage, State
+from ..evolution import Space, State
 from ..models import Linear
 from ..options import SearchOptions
 from ..output import STATE
@@ -200,29 +200,10 @@ def searched(stream: Stream, recipe: Recipe, anatomy: Anatomy, supernet: Superne
         stream.advance_progress(f"iteration {found.iteration + 1}, generation {latest.generation + 1}, {latest.best_loss}")
 
     candidates = Shrunk(stream.skeleton, stream.calibration_NT, supernet, anatomy, top_k=options.top_k, ranks=stream.ranks)
-    with candidates.resident():
-        state = evolution.search(
-            space,
-            centre,
-            candidates.losses,
-            generations=options.generations,
-            offspring=options.offspring,
-            stages=[Stage(*stage) for stage in options.stages],
-            pool_tokens=candidates.pool * candidates.ids_WT.shape[1],
-            window=candidates.ids_WT.shape[1],
-            seed=recipe.seed + found.iteration,
-            on_generation=save,
-            resume=found.state,
-        )
-        rivals = [centre, state.parent]
-        held_out = candidates.held_out_losses(rivals)
-    best = evolution.choose(rivals, held_out)
+    seed = recipe.seed + found.iteration
+    best, account = candidates.search(space, centre, options, seed=seed, on_generation=save, resume=found.state)
     units = [supernet.kept_units(number, level) for number, level in enumerate(best)]
-    summary = {
-        "kept": {"before": found.kept, "after": units},
-        "held_out": dict(zip(("before", "found"), held_out, strict=True)),
-        "generations": state.as_json()["history"],
-    }
+    summary = {"kept": {"before": found.kept, "after": units}, **account}
     after = Found(found.iteration + 1, units, None, [*found.history, summary])
     keep(stream, after)
     if stream.ranks.is_main:
