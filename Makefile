@@ -1,8 +1,10 @@
 # make test works from a clean clone: it makes .venv, installs into it what constraints.txt pins, and runs every test.
-# VENV=path uses another virtual environment, ARGS="-k name" goes to pytest, LLMPRUNE_DATA=path names the data sets' folder.
+# VENV=path uses another virtual environment, WORKERS=1 runs one test at a time, ARGS="-k name" goes to pytest, LLMPRUNE_DATA=path names the data sets' folder.
 
 VENV ?= .venv
 BASE_PYTHON ?= python3
+# Two processes, each of one thread, a file of tests at a time.
+WORKERS ?= 2
 PYTHON := $(abspath $(VENV))/bin/python
 INSTALLED := $(VENV)/.llmprune-installed
 
@@ -22,7 +24,7 @@ demo: venv
 	$(PYTHON) evals/demo.py
 
 test: venv
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-crash: venv
 	LLMPRUNE_KILLS=50 $(PYTHON) -m pytest tests/test_survival.py -k killed
