@@ -38,13 +38,15 @@ from .errors import LLMPruneError
 from .output import RECIPE, REPORT, write_record
 from .progress import bar
 from .record import read
+from .structure import PLAN
+from .surgery import MODELING_FILE
 from .tables import weights_bytes
 from .verify import read_record, steps, verify
 
 # httpx's or httpx2's, whichever the client runs on: a connection that fails raises this, an answer of the Hub its subclass.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 # Files of an earlier model in the repository that would be read beside or instead of this one's.
-SUPERSEDED = ("model*.safetensors", f"{card.RESULTS}/llmprune-*.yaml")
+SUPERSEDED = ("model*.safetensors", f"{card.RESULTS}/llmprune-*.yaml", PLAN, MODELING_FILE)
 
 
 def check(repo_id: str) -> None:

@@ -349,3 +349,21 @@ def test_without_the_harness_the_extra_is_named(run_python, dense):
     sentence, exit_code = run_python(code).splitlines()
     assert "pip install 'llmprune[eval]'" in sentence
     assert exit_code == "2"
+
+
+def test_a_smaller_model_scores_what_the_masked_one_does_by_the_harness_and_block_by_block(data_dir, dense, tmp_path):
+    evaluated = {}
+    for written in ("auto", "masked"):
+        out = tmp_path / written
+        flags = ("--method", "cfsp", "--format", written, "--calibration", "random", "--samples", "8", "--seqlen", "24", "-q")
+        assert llmprune("prune", "--model", dense, "--device", "cpu", "--output", out, *flags).code == 0
+        flags = ("--tasks", "copa,perplexity", "--limit", "4", "--device", "cpu", "--baseline", dense, "-q")
+        outcome = llmprune("eval", out, *flags)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert verify(out) == []
+        evaluated[written] = read_record(out)["evaluation"]
+    one, other = evaluated["auto"], evaluated["masked"]
+    assert one["tasks"]["copa"]["value"] == other["tasks"]["copa"]["value"]
+    assert one["perplexity"]["token"] == pytest.approx(other["perplexity"]["token"], rel=1e-5)
+    assert one["perplexity"]["dense"] == other["perplexity"]["dense"] != pytest.approx(one["perplexity"]["token"], rel=1e-3)
+    assert "copa: acc" in (tmp_path / "auto" / "README.md").read_text()

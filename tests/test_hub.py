@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune import report
+from llmprune.structure import PLAN
+from llmprune.surgery import MODELING_FILE
 from llmprune.verify import verify
 
 NAME = "user/tiny"
@@ -160,6 +162,46 @@ def test_no_path_of_this_machine_is_published(
         (tmp_path / "copy" / name).write_bytes(content)
     assert verify(tmp_path / "copy") == []
     assert {file: file.read_bytes() for file in directory.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose blocks have different widths."""
+    folder = tmp_path_factory.mktemp("smaller")
+    model = tiny.build("llama", folder / "dense")
+    options = {"calibration": "random", "samples": 8, "seqlen": 24, "device": "cpu", "output": folder / "smaller"}
+    return llmprune.prune(str(model), method="cfsp", sparsity=0.5, **options).directory
+
+
+def test_a_smaller_model_is_sent_with_its_plan_and_code_and_a_later_one_takes_them_away(
+    smaller: Path, pruned: Path, hub: HubServer, push: Push, tmp_path: Path
+) -> None:
+    assert push(smaller, NAME).code == 0
+    sent = hub.repositories[NAME].refs["main"][-1]
+    assert {PLAN, MODELING_FILE} < sent.keys()
+    for name, content in sent.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert verify(tmp_path / "copy") == []
+    assert push(pruned, NAME).code == 0
+    assert not {PLAN, MODELING_FILE} & hub.repositories[NAME].refs["main"][-1].keys()
+
+
+@pytest.mark.slow
+def test_a_smaller_model_loads_from_the_hub_by_its_own_code_and_by_ours(
+    smaller: Path, hub: HubServer, push: Push, run_python: Callable[..., str], tmp_path: Path
+) -> None:
+    push(smaller, NAME)
+    local = llmprune.load(smaller)
+    for name, change in (
+        ("code", ('tiny").eval', 'tiny", trust_remote_code=True).eval')),
+        ("ours", ("import sys,", "import llmprune,")),
+    ):
+        target = tmp_path / f"{name}.pt"
+        code = LOAD.replace(*change).replace("sys.argv[1]", repr(str(target)))
+        run_python(code, env={**hub.env, "HF_HOME": str(tmp_path / name)})
+        loaded = torch.load(target)
+        assert torch.equal(local(loaded["ids"]).logits, loaded["logits"])
 
 
 def test_the_card_in_the_repository_calls_the_model_by_its_id(pruned: Path, hub: HubServer, push: Push) -> None:
