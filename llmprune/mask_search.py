@@ -52,7 +52,7 @@ class Masked(Candidates):
             for linear in linears:
                 weight = self.skeleton.checkpoint.read(self.skeleton.stored_names[f"{linear.name}.weight"])
                 score_OI = (weight.T if linear.transposed else weight).float().abs() * self.rms[linear.name].cpu()
-                count_OI = torch.zeros(score_OI.shape, dtype=torch.uint8)
+                count_OI = torch.zeros(score_OI.shape, dtype=torch.uint8 if len(sparsities[block]) < 256 else torch.int16)
                 for sparsity in sparsities[block]:
                     count_OI += recipe.competition(default="row", sparsity=sparsity).keep(score_OI)
                 count = count_OI.T.contiguous() if linear.transposed else count_OI
@@ -132,7 +132,9 @@ def spread(skeleton: Skeleton, centre: list[float], interval: float, options: Se
     reach = options.levels // 2
     sparsities, lowest = [], []
     for sparsity in centre:
-        levels = [z for z in range(-reach, reach + 1) if z == 0 or 0 <= sparsity + z * interval <= LARGEST]
+        # Where more than the largest is asked for already, no block loses more than that.
+        largest = max(LARGEST, sparsity)
+        levels = [z for z in range(-reach, reach + 1) if 0 <= sparsity + z * interval <= largest]
         lowest.append(levels[0])
         # Decimals that a recipe could say, so that nothing hangs on the last bits of a sum.
         sparsities.append([round(sparsity + z * interval, 6) for z in levels])

@@ -348,6 +348,7 @@ def _record(
             "decoder": skeleton.decoder_parameters(),
             "prunable": prunable,
             "zero": zeros,
+            "dense_bytes": skeleton.checkpoint.nbytes,
             "stored": sum(entry.numel for entry in output.written_entries().values()),
         },
         "blocks": [

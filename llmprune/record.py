@@ -64,6 +64,33 @@ class Errors:
     removed: float | None = None
 
 
+class Rivals(BaseModel):
+    """Divergence from the dense model's predictions on held-out samples: of where a search began, and of what it found."""
+
+    before: float
+    found: float
+
+
+class Generation(BaseModel):
+    """A generation of a search. Losses are on windows of its own and compare within it only."""
+
+    children: int
+    evaluated_tokens: int
+    parent_loss: float | None = None
+    best_loss: float | None = None
+
+
+class Iteration(BaseModel):
+    """One search for the distribution of sparsity; the better of its rivals went on."""
+
+    held_out: Rivals
+    generations: list[Generation]
+
+    @property
+    def after(self) -> float:
+        return min(self.held_out.before, self.held_out.found)
+
+
 class Step(BaseModel):
     """A step of iCBS's search; the first one is where it starts and proposes nothing.
 
@@ -210,6 +237,7 @@ class Record(BaseModel):
     evaluation: Evaluation | None = None
     blocks: list[Block] = []
     search: list[Step] = []
+    evolution: list[Iteration] = []
     kept: dict[str, list[int]] = {}
     dense_widths: dict[str, int | list[int]] = {}
     recovery: Recovery | None = None

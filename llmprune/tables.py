@@ -35,6 +35,9 @@ def show(result: Result) -> None:
         table.add_row("token perplexity", f"{text['dense']:.3f}", f"{text['pruned']:.3f}")
     if shown.search:
         table.add_row("held-out loss of the search", "", f"{shown.found:.4f}, from {shown.search[0].held_out:.4f}")
+    if shown.evolution:
+        first, last = shown.evolution[0], shown.evolution[-1]
+        table.add_row("held-out divergence in the search", "", f"{last.after:.4f}, from {first.held_out.before:.4f}")
     if (errors := shown.errors) and errors.fresh is not None:
         table.add_row("held-out output error of linears", "", f"{errors.fresh:.4f}, from {errors.start_fresh:.4f}")
     dense_bytes = parameters.dense_bytes

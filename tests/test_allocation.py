@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tiny import save_llama
 from transformers import LlamaForCausalLM
@@ -186,6 +186,21 @@ GROUPS = st.lists(st.lists(st.tuples(st.integers(1, 4), st.integers(4, 40)), min
 def removed(sparsities, groups_B):
     pairs = zip(sparsities, groups_B, strict=True)
     return sum(number * removed_count(size, sparsity) for sparsity, groups in pairs for number, size in groups)
+
+
+# Angles -----------------------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def angle(inputs, outputs):
+    total, count = angular(inputs, outputs)
+    assert count == inputs.shape[0] * inputs.shape[1]
+    return total / count
+
+
+def states(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

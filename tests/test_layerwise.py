@@ -27,12 +27,18 @@ def wanda(weight, hessian, pattern):
     return pattern.keep(weight.abs() * hessian.diagonal().sqrt())
 
 
-def errors(weight, keep, hessian):
-    lost = (weight * ~keep).double()
+def elsewhere(weight, *, seed=0):
+    """A target that shares most of itself with the weight."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    return weight + 0.5 * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
+
+
+def errors(weight, keep, hessian, target=None):
+    lost = ((weight if target is None else target) - weight * keep).double()
     return (lost @ hessian.double() * lost).sum(dim=1)
 
 
-def reference(weight, keep, hessian, pattern):
+def reference(weight, keep, hessian, pattern, target=None):
     """One row, one swap at a time, every error computed from nothing.
 
     Returns:
@@ -42,7 +48,7 @@ def reference(weight, keep, hessian, pattern):
     def after(*columns):
         changed = keep.clone()
         changed[list(columns)] = ~changed[list(columns)]
-        return float(errors(weight[None], changed[None], hessian))
+        return float(errors(weight[None], changed[None], hessian, None if target is None else target[None]))
 
     keep, least = keep.clone(), LEAST_GAIN * float((weight.square() * hessian.diagonal()).sum())
     for swaps in range(1000):
@@ -76,25 +82,52 @@ def test_masks_equal_those_of_the_slow_reference(shape, pattern):
     assert swaps > 0
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("shape", [(6, 8), (4, 24)], ids=str)
+def test_with_a_target_masks_equal_those_of_the_slow_reference(shape, pattern):
+    other = 0
+    for seed in range(2):
+        weight, hessian = layer(*shape, seed=seed)
+        keep, target = wanda(weight, hessian, pattern), elsewhere(weight, seed=seed)
+        rows = [reference(weight[row], keep[row], hessian, pattern, target[row])[0] for row in range(len(weight))]
+        better = swap(weight, keep, hessian, pattern, target)
+        assert torch.equal(better, torch.stack(rows))
+        other += int((better != swap(weight, keep, hessian, pattern)).sum())
+    assert other > 0
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_a_target_that_is_the_weight_itself_changes_nothing(pattern):
+    weight, hessian = layer(9, 32)
+    keep = wanda(weight, hessian, pattern)
+    assert torch.equal(swap(weight, keep, hessian, pattern, weight.clone()), swap(weight, keep, hessian, pattern))
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_the_rows_worked_on_at_a_time_do_not_change_the_mask(pattern, chunk, monkeypatch):
     weight, hessian = layer(11, 24)
-    keep = wanda(weight, hessian, pattern)
-    whole = swap(weight, keep, hessian, pattern)
+    keep, target = wanda(weight, hessian, pattern), elsewhere(weight)
+    whole = swap(weight, keep, hessian, pattern, target)
     monkeypatch.setattr(layerwise, "CHUNK", chunk)
-    assert torch.equal(whole, swap(weight, keep, hessian, pattern))
+    assert torch.equal(whole, swap(weight, keep, hessian, pattern, target))
 
 
-@given(seed=st.integers(0, 10_000), pattern=st.sampled_from(PATTERNS), start=st.sampled_from(["wanda", "random"]))
+@given(
+    seed=st.integers(0, 10_000),
+    pattern=st.sampled_from(PATTERNS),
+    start=st.sampled_from(["wanda", "random"]),
+    matched=st.booleans(),
+)
 @settings(max_examples=30, deadline=None)
-def test_the_error_falls_wherever_a_row_changes_and_every_row_keeps_as_many(seed, pattern, start):
+def test_the_error_falls_wherever_a_row_changes_and_every_row_keeps_as_many(seed, pattern, start, matched):
     weight, hessian = layer(7, 32, tokens=80, seed=seed)
     weight, hessian = weight.float(), hessian.float()
+    target = elsewhere(weight, seed=seed) if matched else None
     keep = wanda(weight, hessian, pattern) if start == "wanda" else pattern.keep(torch.rand(7, 32))
-    better = swap(weight, keep, hessian, pattern)
+    better = swap(weight, keep, hessian, pattern, target)
     changed = (better != keep).any(dim=1)
-    before, after = errors(weight, keep, hessian), errors(weight, better, hessian)
+    before, after = errors(weight, keep, hessian, target), errors(weight, better, hessian, target)
     assert (after[changed] < before[changed]).all()
     assert torch.equal(better.sum(dim=1), keep.sum(dim=1))
     if isinstance(pattern, NM):

@@ -10,7 +10,7 @@ from tiny import save_llama
 from transformers import LlamaForCausalLM
 
 import llmprune
-from llmprune import methods, record
+from llmprune import methods, record, refinement
 from llmprune.checkpoint import Checkpoint
 from llmprune.models import Skeleton
 from llmprune.patterns import NM, Unstructured
@@ -247,17 +247,57 @@ def test_while_nothing_is_removed_the_dense_model_is_matched_as_it_is(prune, den
         torch.testing.assert_close(weight, dense[f"{name}.weight"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("reconstruct", ["none", "lstsq"])
+def test_icbs_towards_the_dense_model_removes_what_was_declared_and_says_how_near_it_came(prune, dense, reconstruct, pattern):
+    options = {"refine": "icbs", "sequential": "sublayer", "reconstruct": reconstruct, **PATTERNS[pattern]}
+    directory, weights, written_record = prune(match="dense", **options)
+    assert written(directory) != written(prune(**options)[0])
+    for name, weight in weights.items():
+        assert_obeys(weight == 0, pattern)
+        facts = written_record["linears"][name]
+        assert {"error", "fresh_error", "start_fresh_error", "rows_refused"} <= facts.keys()
+        if reconstruct == "none":
+            assert torch.equal(weight, dense[f"{name}.weight"] * (weight != 0))
+            assert facts["fresh_error"] <= facts["start_fresh_error"] * (1 + 1e-5)
+    assert mean_error(written_record, "fresh_error") < mean_error(written_record, "start_fresh_error")
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "lstsq"])
+def test_towards_the_dense_model_no_row_of_icbs_is_worse_on_fresh_samples(model_dir, ids_NT, reconstruct, monkeypatch):
+    recipe = Recipe(
+        model="tiny", sparsity=0.5, damping=0.1, refine="icbs", reconstruct=reconstruct, match="dense", sequential="sublayer"
+    )
+    refine, refused = refinement.refined, []
+
+    def spy(linear, keep, score, inputs, pattern, recipe, target):
+        better = refine(linear, keep, score, inputs, pattern, recipe, target)
+        kept_value, fresh = (target if reconstruct == "lstsq" else linear.weight_OI).double(), inputs.fresh.mean_II.double()
+        before, after = (target.double() - kept_value * each for each in (keep, better))
+        before, after = ((each @ fresh * each).sum(dim=1) for each in (before, after))
+        assert (after <= before * (1 + 1e-5)).all()
+        refused.append(linear.facts["rows_refused"])
+        return better
+
+    monkeypatch.setattr(refinement, "refined", spy)
+    stream = Stream(Skeleton(model_dir), ids_NT, output=Memory(), sequential="sublayer", match_dense=True)
+    methods.load("wanda").prune(stream, recipe)
+    assert len(refused) == 14
+    assert sum(refused) > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"match": "dense", "rounds": 3, "sequential": "sublayer"},
+        {"match": "dense", "refine": "icbs", "sequential": "sublayer", "reconstruct": "none"},
         {"refine": "icbs", "sequential": "sublayer"},
         {"refine": "icbs"},
     ],
     ids=str,
 )
 def test_a_run_resumed_after_half_of_the_blocks_gives_the_same_bits(model_dir, ids_NT, options):
-    recipe = Recipe(model="tiny", sparsity=0.5, damping=0.1, reconstruct="lstsq", **options)
+    recipe = Recipe(**{"model": "tiny", "sparsity": 0.5, "damping": 0.1, "reconstruct": "lstsq", **options})
 
     def run(memory):
         how = {"sequential": recipe.sequential, "match_dense": recipe.match == "dense"}
@@ -279,7 +319,9 @@ def test_a_run_resumed_after_half_of_the_blocks_gives_the_same_bits(model_dir, i
         (["--rounds", "3"], ["--rounds 3", "--reconstruct lstsq"]),
         (["--rounds", "3", "--reconstruct", "sparsegpt"], ["--rounds 3", "is sparsegpt"]),
         (["--rounds", "-1", "--reconstruct", "lstsq"], ["rounds", "-1"]),
-        (["--match", "dense", "--sequential", "sublayer"], ["--match dense", "--reconstruct lstsq"]),
+        (["--match", "dense", "--sequential", "sublayer"], ["--match dense", "--reconstruct lstsq or --refine icbs"]),
+        (["--match", "dense", "--sequential", "sublayer", "--refine", "dsnot"], ["--match dense", "--refine icbs"]),
+        (["--match", "dense", "--refine", "icbs"], ["--match dense", "--sequential sublayer"]),
         (["--match", "dense", "--reconstruct", "lstsq"], ["--match dense", "--sequential sublayer"]),
         (["--match", "dense", "--reconstruct", "lstsq", "--sequential", "sublayer", "--propagate", "dense"], ["--propagate"]),
         (["--refine", "icbs", "--sparsity", "0"], ["--sparsity 0", "no mask to refine"]),
@@ -312,7 +354,8 @@ def test_a_run_resumed_after_half_of_the_blocks_gives_the_same_bits(model_dir, i
         (["--method", "icbs", "--reconstruct", "lstsq"], ["--reconstruct lstsq", "--method icbs"]),
         (["--preset", "paper"], ["--preset paper", "wanda"]),
         (["--preset", "paper", "--refine", "icbs"], ["--preset paper"]),
-        (["--preset", "fast", "--method", "dsnot"], ["preset", "'fast'", "paper"]),
+        (["--preset", "quick", "--method", "dsnot"], ["preset", "'quick'", "paper"]),
+        (["--preset", "fast", "--method", "dsnot"], ["--preset fast", "dsnot"]),
         (["--pattern", "2:4", "--group", "layer", "--refine", "icbs"], ["--group layer", "2:4"]),
         (["--pattern", "2:4", "--allocation", "block-influence"], ["--allocation block-influence", "2:4"]),
         # What a method implies is not what the user has given.

@@ -476,3 +476,18 @@ def test_bad_input_is_one_sentence(pruned, arguments, words):
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1
     assert words in outcome.err
+
+
+def test_a_search_for_the_distribution_is_told_iteration_by_iteration():
+    generation = {"generation": 0, "children": 4, "evaluated_tokens": 2048, "parent_loss": 0.5, "best_loss": 0.25, "best": [0]}
+    iterations = [
+        {"held_out": {"before": 0.5, "found": 0.25}, "generations": [generation, generation]},
+        {"held_out": {"before": 0.25, "found": 0.375}, "generations": [generation]},
+    ]
+    content = facts(evolution=iterations)
+    content["recipe"] |= {"search": {"top_k": 512}}
+    html, _ = page(Record.model_validate(content), disk_bytes=1000)
+    text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    assert "1 2 4,096 0.5000 0.2500 what was found" in text
+    assert "2 1 2,048 0.2500 0.3750 where it began" in text
+    assert "What the search did" not in page(Record.model_validate(facts()), disk_bytes=1000)[0]
