@@ -599,5 +599,6 @@ def test_help_takes_less_than_half_a_second(run_cli):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The processor's time, since the wall clock also measures who else is using this machine.
-    assert min(processor_seconds() for _ in range(5)) < 0.5
+    # The processor's time, since the wall clock also measures who else is using this machine, and the least of many, since
+    # another process in the same caches slows this one.
+    assert min(processor_seconds() for _ in range(20)) < 0.5
