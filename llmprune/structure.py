@@ -142,7 +142,7 @@ class Surgeon:
         )
 
     def cut(self, block: Block, kept: Kept) -> None:
-        """From now on the block runs without what is not kept. What `weights` its linears have there is lost."""
+        """From now on the block runs without what is not kept; the weights that read it are lost."""
         self.kept_B[block.index] = kept
         sizes = self.anatomy.blocks[block.index]
         for linear in block.linears:
