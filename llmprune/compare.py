@@ -152,7 +152,7 @@ def _dense_row(record: Record, group: Sequence[Row]) -> Row:
                 values.setdefault(column, Value(found.dense, found.protocol))
     # Zeros take as much room as other weights.
     as_large = next((row.disk_bytes for row in group if not row.structured), None)
-    disk_bytes = record.parameters.dense_bytes or as_large
+    disk_bytes = as_large or record.parameters.dense_bytes
     return Row(record.model.name, group[0].parent, "", "", 0.0, record.parameters.total, disk_bytes, values)
 
 

@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, object]] = {
     "icbs-layerwise": {"refine": "icbs"},
     "lstsq": {"reconstruct": "lstsq"},
     "best": {"method": "best"},
-    "cfsp": {"method": "cfsp", "sparsity": 0.3},
+    "cfsp": {"method": "cfsp", "sparsity": 0.3, "compensate": "none"},
     "cfsp-lstsq": {"method": "cfsp", "sparsity": 0.3, "compensate": "lstsq"},
 }
 
