@@ -52,12 +52,15 @@ IMPLIED: dict[str, dict[str, object]] = {
     },
     "cfsp": {"allocation": "block-influence", "compensate": "lstsq", "sequential": "sublayer"},
     "tyr": {"allocation": "searched", "sequential": "sublayer"},
+    "wina": {"allocation": "closed-form", "propagate": "dense"},
 }
 # Methods that remove FFN channels or attention heads, and what belongs to them alone.
 STRUCTURED = ("cfsp", "tyr")
 STRUCTURAL = ("of", "target_params", "multiple_of", "heads", "metric", "compensate", "format", "plan", "type_coupling")
 # What only methods that choose single weights can be told.
 WEIGHTWISE = ("pattern", "group", "refine", "reconstruct", "rounds")
+# What belongs to activation sparsity alone.
+GATING = ("score", "share", "form", "basis")
 # Which method or option takes each group of options.
 OPTIONS: dict[str, type[BaseModel]] = {"dsnot": DsnotOptions, "icbs": IcbsOptions, "search": SearchOptions}
 
@@ -81,10 +84,11 @@ class Recipe(BaseModel):
     reconstruct: Literal["none", "sparsegpt", "lstsq"] = Field(
         "none", description="Fit the kept weights anew: SparseGPT's one sweep, or least squares."
     )
-    allocation: Literal["uniform", "owl", "block-influence", "searched"] = Field(
+    allocation: Literal["uniform", "owl", "block-influence", "searched", "greedy", "closed-form"] = Field(
         "uniform",
         description="Every block loses the same share, or less where outliers are many (OWL), where it changes the hidden "
-        "states more, or as an evolutionary search finds best.",
+        "states more, or as an evolutionary search finds best; WINA shares it among a block's linears, step by step (greedy) "
+        "or by one equation (closed-form).",
     )
     of: Literal["prunable", "model"] = Field(
         "prunable", description="What --sparsity is a fraction of: what the method can remove, or the whole model."
@@ -110,6 +114,17 @@ class Recipe(BaseModel):
     )
     type_coupling: Literal["separate", "joint"] = Field(
         "separate", description="Týr conserves heads and channels each, or lets one trade with the other at equal parameters."
+    )
+    score: Literal["wina", "wina-released", "teal"] = Field(
+        "wina", description="What WINA drops inputs by: |x| times the column's norm, that for k and gate only, or |x|."
+    )
+    share: bool = Field(False, description="WINA: q, k and v drop the same inputs, and so do gate and up.")
+    form: Literal["sidecar", "folded"] = Field(
+        "sidecar", description="WINA: a plan beside untouched weights, or norms folded into weights that stock code loads."
+    )
+    basis: Literal["native", "stacked", "kgate", "auto"] = Field(
+        "native",
+        description="WINA: where inputs are dropped: as they are, or rotated to make columns orthogonal, at a matrix product more.",
     )
     rounds: int = Field(0, ge=0, description="Rounds in which least squares chooses the mask anew (ADMM).")
     match: Literal["block", "dense"] = Field(
@@ -154,6 +169,8 @@ class Recipe(BaseModel):
         if ":" in str(data.get("pattern")):  # every block of N:M loses the same
             implied.pop("allocation", None)
         data = {**implied, **data}
+        if data.get("form") == "folded":
+            data.setdefault("share", True)
         used = {
             "dsnot": data.get("refine") == "dsnot",
             "icbs": data.get("method") == "icbs",
@@ -173,6 +190,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self._check_structure()
+        self._check_gating()
         self._check_parts()
         nm = parse_nm(self.pattern)
         if self.sparsity is not None:
@@ -248,6 +266,36 @@ class Recipe(BaseModel):
         ):
             if value is not None and not used:
                 raise LLMPruneError(f"--{flag} {value} has no effect with --method {self.method}: leave it out.")
+
+    def _check_gating(self) -> None:
+        """Raise `LLMPruneError` where activation sparsity and pruning of weights are mixed up."""
+        gates = self.method == "wina"
+        for name in (*WEIGHTWISE, "match") if gates else GATING:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise LLMPruneError(
+                    f"--{name} {getattr(self, name)} is about weights, and --method wina leaves them as they are and drops "
+                    "inputs: leave it out."
+                    if gates
+                    else f"--{name} {getattr(self, name)} belongs to --method wina, not to {self.method}: leave it out."
+                )
+        allocations = ("uniform", "greedy", "closed-form")
+        if (self.allocation not in allocations) if gates else (self.allocation in allocations[1:]):
+            raise LLMPruneError(
+                f"--allocation {self.allocation} is not for --method {self.method}: "
+                + (f"give {', '.join(allocations)}." if gates else "--method wina shares a block's sparsity so.")
+            )
+        if not gates:
+            return
+        if self.propagate != "dense" or self.sequential != "block":
+            raise LLMPruneError(
+                f"--method wina looks at the dense model, which --propagate {self.propagate} --sequential {self.sequential} "
+                "does not: leave them out."
+            )
+        if self.form == "folded" and (not self.share or self.basis != "native"):
+            raise LLMPruneError(
+                f"--form folded puts one scale on what q, k and v read, and gate and up, which --share {self.share} --basis "
+                f"{self.basis} does not allow: leave them out."
+            )
 
     def _check_structure(self) -> None:
         """Raise `LLMPruneError` where structured pruning and pruning of single weights are mixed up."""
@@ -366,6 +414,7 @@ DECISIVE = (
     "compensate",
     "format",
     "type_coupling",
+    *GATING,
 )
 
 
