@@ -124,7 +124,7 @@ class Recipe(BaseModel):
     )
     basis: Literal["native", "stacked", "kgate", "auto"] = Field(
         "native",
-        description="WINA: inputs are dropped as they are, or rotated first to make columns orthogonal, at a matrix product more.",
+        description="WINA: inputs are dropped as they are, or rotated to make columns orthogonal, at a matrix product more.",
     )
     rounds: int = Field(0, ge=0, description="Rounds in which least squares chooses the mask anew (ADMM).")
     match: Literal["block", "dense"] = Field(
