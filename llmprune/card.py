@@ -155,6 +155,8 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
 
 def _kind(record: Record) -> list[str]:
     """Tags that say what was done: nothing is sparse where whole channels or heads are gone."""
+    if record.gating:
+        return ["activation-sparsity", record.method]
     if record.structured:
         return ["structured-pruning", record.method]
     return ["sparse", record.method, *([record.pattern] if parse_nm(record.pattern) else [])]

@@ -115,7 +115,7 @@ def pruned_row(directory: Path, record: Record) -> Row:
         record.identity["model weights"],
         record.method,
         record.what,
-        record.sparsity,
+        record.gating.measured if record.gating else record.sparsity,
         record.parameters.left,
         weights_bytes(directory),
         values,

@@ -22,7 +22,8 @@ class Linear(BaseModel):
     """One pruned matrix. `shape` is (outputs, inputs).
 
     Errors are squared and relative to the squared output: of the result on the tokens that it was fitted to (`error`) and on
-    samples held out of the fit (`fresh_error`), and there of the method's own mask (`start_fresh_error`).
+    samples held out of the fit (`fresh_error`), and there of the method's own mask (`start_fresh_error`). Of a gated linear
+    `dropped` is the share of its inputs that a calibration token does without, and `gate_error` what that costs.
     """
 
     role: str
@@ -33,6 +34,8 @@ class Linear(BaseModel):
     fresh_error: float | None = None
     start_fresh_error: float | None = None
     rows_refused: int | None = None
+    dropped: float | None = None
+    gate_error: float | None = None
 
     @property
     def size(self) -> int:
@@ -112,6 +115,34 @@ class Step(BaseModel):
         if not self.proposed:
             return "nothing to swap"
         return "kept" if self.swaps == self.proposed else "kept in part" if self.swaps else "undone"
+
+
+class Gating(BaseModel):
+    """Activation sparsity: the share of the gated weights that a token does without.
+
+    Attributes:
+        sparsity: asked for.
+        measured: over the calibration tokens.
+        gated: weights that have a gate.
+        bases: numbers that rotations of inputs read for every token.
+        compared: mean error of every basis, where they were compared.
+    """
+
+    score: str
+    share: bool
+    allocation: str
+    basis: str
+    form: str
+    sparsity: float
+    measured: float
+    gated: int
+    bases: int = 0
+    compared: dict[str, float] = {}
+
+    @property
+    def read(self) -> int:
+        """Numbers of the gated linears that are read for a token."""
+        return round((1 - self.measured) * self.gated) + self.bases
 
 
 class Parameters(BaseModel):
@@ -241,6 +272,7 @@ class Record(BaseModel):
     kept: dict[str, list[int]] = {}
     dense_widths: dict[str, int | list[int]] = {}
     recovery: Recovery | None = None
+    gating: Gating | None = None
     copied: dict[str, str] = {}
 
     @property
@@ -269,6 +301,8 @@ class Record(BaseModel):
     @property
     def what(self) -> str:
         """What was removed, as a table has it: a pattern of zeros, or the units that went."""
+        if self.gating:
+            return "inputs" if self.gating.form == "sidecar" else "inputs, folded"
         if not self.structured:
             return self.pattern
         units = ", ".join(UNITS[key].split()[-1] for key in self.kept) or "nothing"

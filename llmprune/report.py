@@ -173,7 +173,10 @@ class Grid:
 
 
 def sparsity_grid(record: Record) -> Grid:
-    """Fraction of zeros per block and role; linears that share both, such as experts, are taken together."""
+    """Fraction of zeros, or of inputs left out, per block and role; linears that share both, such as experts, together."""
+    if record.gating:
+        gated = {name: linear for name, linear in record.linears.items() if linear.dropped is not None}
+        return _grid(record, {name: (linear.dropped * linear.size, linear.size) for name, linear in gated.items()})  # type: ignore[operator]
     return _grid(record, {name: (linear.zeros, linear.size) for name, linear in record.linears.items()})
 
 
@@ -367,7 +370,8 @@ def _sparsity_picture(record: Record) -> Picture | None:
     names = [f"{row.role} {row.low:.0%}" if row.even else row.role for row in role_table(record)]
     percent = [[value * 100 for value in row] for row in grid.cells]
     alt = f"Map of sparsity per block and role, from {low:.1%} to {high:.1%}."
-    return render("sparsity", alt, pictures.heatmap(percent, names, (first, last), "zeros, %"))
+    what = "inputs left out, %" if record.gating else "zeros, %"
+    return render("sparsity", alt, pictures.heatmap(percent, names, (first, last), what))
 
 
 def _outlier_picture(record: Record) -> Picture | None:
@@ -433,6 +437,13 @@ def _kept_picture(record: Record) -> Picture | None:
 
 def _parameter_picture(record: Record) -> Picture:
     own = record.parameters
+    if gating := record.gating:
+        left = gating.gated + gating.bases - gating.read
+        names = {"fixed": f"always read: {count(own.total - gating.gated)}", "kept": f"read: {count(gating.read)}"}
+        names["zero"] = f"left out: {count(left)}"
+        outer = (own.total - gating.gated, "fixed")
+        bars = [("dense", [outer, (gating.gated, "kept")]), ("gated", [outer, (gating.read, "kept"), (left, "zero")])]
+        return render("parameters", f"Weights for a token. {'; '.join(names.values())}.", pictures.parts(bars, names))
     fixed = own.total - own.prunable
     # Of what was removed, zeros in its place; biases that make up for it are too few to see.
     zeros = min(max((own.stored or own.left) - own.left, 0), own.zero) if record.format != "auto" else 0

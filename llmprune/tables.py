@@ -21,7 +21,11 @@ def show(result: Result) -> None:
     shown = Record.model_validate(record)
     parameters = shown.parameters
     table = Table("", "dense", "pruned", title=f"{shown.recipe['model']}, {shown.method}, {shown.what}")
-    if shown.structured:
+    if gating := shown.gating:
+        table.add_row("weights read for a token, blocks", count(gating.gated), count(gating.read))
+        table.add_row("of them left out, asked for", "", f"{gating.sparsity:.2%}")
+        table.add_row("of them left out, on calibration text", "", f"{gating.measured:.2%}")
+    elif shown.structured:
         for units, (dense, left) in shown.units.items():
             table.add_row(units, str(dense), str(left))
         table.add_row("parameters", count(parameters.total), count(parameters.stored or parameters.left))
@@ -54,7 +58,7 @@ def show(result: Result) -> None:
 
 def weights_bytes(directory: Path) -> int:
     """What a model's weights take on the disk."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
 
 
 def budget(record: Record) -> str:
@@ -72,6 +76,12 @@ def use_of(record: Record) -> str:
             "padded": f"Padded with zeros to the widths of the widest block, so no smaller and no faster than that; {loads}.",
             "masked": f"Zeros in place of whole units: same shapes, same size on disk, no speed-up; {loads}.",
         }[record.format]
+    if record.gating:
+        rule = "The weights are the dense model's" if record.gating.form == "sidecar" else "The weights compute what they did"
+        return (
+            f"{rule}, and stock transformers runs them so; `llmprune.load` leaves inputs out while it writes one token after "
+            "another, one sequence at a time, and reads less for them. `llmprune bench DIR` measures what that is worth here."
+        )
     if record.pattern == "2:4":
         return (
             "2:4 zeros: same size on disk and the same speed with stock kernels; NVIDIA GPUs from Ampere on can run them "

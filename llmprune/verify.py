@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import output, structure, surgery
+from . import activation_plan, output, structure, surgery
+from .activation_plan import Plan as ActivationPlan
 from .anatomy import Anatomy, Format, Sizes
 from .anatomy import anatomy as anatomy_of
 from .checkpoint import INDEX, Checkpoint, hash_file
@@ -54,7 +55,24 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
             problems += _check_structure(directory, record)
         except LLMPruneError as error:
             problems.append(str(error))
+    if record["recipe"]["method"] == "wina":
+        problems += _check_gates(directory, checkpoint, record)
     return problems
+
+
+def _check_gates(directory: Path, checkpoint: Checkpoint, record: dict) -> list[str]:  # type: ignore[type-arg]
+    """Whether the plan beside the weights is theirs."""
+    try:
+        plan = ActivationPlan.load(directory)
+        if plan is None:
+            return [f"{activation_plan.FILE} is missing."]
+        for name in plan.gates:
+            fact = record["linears"][name]
+            weight = checkpoint.read(fact["tensor"])
+            plan.check_weight(name, weight.T if fact["transposed"] else weight)
+    except LLMPruneError as error:
+        return [str(error)]
+    return []
 
 
 def is_structured(record: dict) -> bool:  # type: ignore[type-arg]
@@ -104,7 +122,7 @@ def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]
     zeros = int(zero_OI.sum())
     if zeros != fact["zeros"]:
         problems.append(f"holds {zeros} zeros, its record says {fact['zeros']}.")
-    if recipe["method"] in STRUCTURED:
+    if recipe["method"] in (*STRUCTURED, "wina"):  # no zeros were promised
         return problems
     if nm := parse_nm(recipe["pattern"]):
         problems += _check_groups(zero_OI, NM(*nm))
