@@ -121,6 +121,8 @@ def foldable_norms(weights_OI: Mapping[str, Tensor], config: PretrainedConfig) -
         LLMPruneError: see `check_foldable`.
     """
     check_foldable(config)
+    if not weights_OI:
+        return {}
     block = _Block.of(weights_OI, config)
     squares = {role: _squares(weights_OI[name]) for role, name in block.names.items()}
     for readers in (_ATTENTION, _MLP):
@@ -153,6 +155,8 @@ def fold_block(
         LLMPruneError: see `check_foldable`; the gates' norms cannot be folded; or the folded weights leave their dtype's range.
     """
     check_foldable(config)
+    if not gates:
+        return dict(tensors), {}
     for gate in gates.values():
         if gate.basis is not None:
             raise LLMPruneError(
@@ -345,9 +349,10 @@ def _rounded(name: str, wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _refuse_range(name: str, dtype: torch.dtype) -> None:
-    wider = {torch.float16: "save in bfloat16 or float32, or ", torch.bfloat16: "save in float32, or "}.get(dtype, "")
+    first = {torch.float16: "save the model in bfloat16 or float32 first, or ", torch.bfloat16: "save it in float32 first, or "}
     raise LLMPruneError(
-        f"Folded, {name!r} leaves the range of {str(dtype).removeprefix('torch.')}: {wider}leave out --form folded."
+        f"Folded, {name!r} leaves the range of {str(dtype).removeprefix('torch.')}: {first.get(dtype, '')}leave out "
+        "--form folded."
     )
 
 
