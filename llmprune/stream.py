@@ -322,6 +322,14 @@ class Stream:
             self.ends.update(self.hidden(batch), output_BTI)
         self._store(batch, output_BTI)
 
+    def skip(self, blocks: int) -> None:
+        """Take the captured samples through the first blocks, as the checkpoint has them."""
+        for index in range(blocks):
+            self.skeleton.fill_block(index, self._read_block(index, finished=0))
+            for batch in range(len(self.batches)):
+                self.finish_forward(index, batch, self.forward(index, batch))
+            self.skeleton.empty_block(index)
+
     # Blocks ------------------------------------------------------------------------------------------------------
 
     def survey(self, *, propagate: Propagate = "dense") -> Stream:
@@ -456,7 +464,24 @@ class Block:
         """
         one_pass = self.stream.sequential == "sublayer" and not self._needs_dense_output
         linears = [linear for linear in self.linears if roles is None or linear.role in roles]
-        pairs = self._observe_one_pass(kind, linears) if one_pass else self._observe(kind, linears)
+        if one_pass:
+            return self._yielded(self._observe_one_pass(kind, linears))
+        return self._yielded(self._observe(linears, lambda linear, inputs: kind(inputs.shape[-1], inputs.device), shared=True))
+
+    def observe_each(self, own: Callable[[Linear], S], roles: Container[str] | None = None) -> Iterator[tuple[Linear, S]]:
+        """Like `observe`, but every linear has a statistic of its own, and the block runs as it is while it is observed.
+
+        Args:
+            own: makes a linear's statistic.
+            roles: of the linears that are looked at, the same in all blocks of a stream; by default all.
+
+        Raises:
+            LLMPruneError: an activation is NaN or infinite.
+        """
+        linears = [linear for linear in self.linears if roles is None or linear.role in roles]
+        return self._yielded(self._observe(linears, lambda linear, inputs: own(linear), shared=False))
+
+    def _yielded(self, pairs: Iterator[tuple[Linear, S]]) -> Iterator[tuple[Linear, S]]:
         clock = self.stream.clock
         while True:
             with clock.measure("observe"):
@@ -471,8 +496,10 @@ class Block:
                 yield linear, statistic
                 _return_free_memory()
 
-    def _observe(self, kind: type[S], linears: list[Linear]) -> Iterator[tuple[Linear, S]]:
-        """Statistics of all linears from one forward of the block as it is."""
+    def _observe(
+        self, linears: list[Linear], kind: Callable[[Linear, Tensor], S], *, shared: bool
+    ) -> Iterator[tuple[Linear, S]]:
+        """Statistics of all linears from one forward of the block as it is; `shared` by those that read the same tensor."""
         stream = self.stream
         statistics: dict[Linear, S] = {}
         latest: Tensor | None = None
@@ -482,12 +509,12 @@ class Block:
         def see(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal latest, owner
             inputs = args[0]
-            if inputs is latest and owner is not None:
+            if shared and inputs is latest and owner is not None:
                 statistics.setdefault(linear, statistics[owner])
             else:
                 latest, owner = inputs, linear
                 if linear not in statistics:
-                    statistics[linear] = kind(inputs.shape[-1], inputs.device)
+                    statistics[linear] = kind(linear, inputs)
                 statistics[linear].update(inputs.reshape(samples, -1, inputs.shape[-1]), first)
             if linear.role == stream.last_role.get(self._roles) and not self._needs_dense_output:
                 raise _Stop
