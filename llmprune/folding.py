@@ -83,7 +83,7 @@ def check_foldable(config: PretrainedConfig) -> None:
 
 
 def foldings(config: PretrainedConfig) -> dict[str, Folding]:
-    """How the gates of every role are folded.
+    """How the gates of every role are folded when the score is `wina`.
 
     Returns:
         By role: `exact` (WINA's score), `group norm` (one norm for the query heads that share a value channel: close to WINA's
@@ -175,12 +175,14 @@ def fold_block(
         assert len(gated) in (0, len(names)), f"only some of {names} have gates"
         scale_I = _common(gated)
         if scale_I is not None:
+            _check_dead(names, scale_I, folded, block.body)
             real_I = _scale_norm(folded, block.prefix + norm, scale_I, norms.offset)
             factor_I |= dict.fromkeys(names, _inverse(real_I))
     for role, producers in (("o", ("v", "qkv")), ("down", ("up", "gate_up"))):
         reader = block.names.get(role, "")
         scale_I = _common([gates[reader]] if reader in gates else [])
         if scale_I is not None:
+            _check_dead([reader], scale_I, folded, block.body)
             made_by = next(block.names[producer] for producer in producers if producer in block.names)
             factor_I[reader] = _inverse(scale_I)
             factor_O[made_by] = block.output_factors(role, made_by, scale_I, config)
@@ -271,7 +273,7 @@ def _down_is_foldable(config: PretrainedConfig) -> bool:
 
 def _squares(weight_OI: Tensor) -> Tensor:
     """Sums of squares of the columns, float64 [I]."""
-    return torch.linalg.vector_norm(weight_OI, dim=0, dtype=torch.float64).square()
+    return weight_OI.double().square().sum(dim=0)
 
 
 def _common(gates: Sequence[Gate]) -> Tensor | None:
@@ -290,6 +292,18 @@ def _common(gates: Sequence[Gate]) -> Tensor | None:
                 "their own: make the plan with --form folded, which shares their masks."
             )
     return None if (first.norm_I == 1).all() else first.norm_I.double()
+
+
+def _check_dead(names: Sequence[str], scale_I: Tensor, tensors: Mapping[str, Tensor], body: Anatomy) -> None:
+    """Raise `LLMPruneError` if a norm is 0 for an input that has weights, those of a linear that was not counted."""
+    for name in names:
+        weight = tensors[f"{name}.weight"]
+        weight_OI = weight.T if body.transposed else weight
+        if weight_OI[:, (scale_I == 0).to(weight.device)].any():
+            raise LLMPruneError(
+                f"The gate of {name!r} never opens for an input that has weights, which folding would lose: use --score wina, "
+                "or leave out --form folded."
+            )
 
 
 def _inverse(scale_I: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,8 +51,8 @@ class WideNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+def load(folder: Path) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
         if type(module).__name__ in ("Gemma2RMSNorm", "Gemma3RMSNorm"):
             model.set_submodule(name, WideNorm(module))
@@ -60,17 +60,17 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Iterator:
+def dense(tmp_path_factory):
     """Models of `MODELS` by name and dtype; not to be changed."""
-    made: dict[tuple[str, torch.dtype], PreTrainedModel] = {}
 
-    def get(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-        if (name, dtype) not in made:
-            variant, changes = MODELS[name]
-            made[name, dtype] = load(build(variant, tmp_path_factory.mktemp(name), **changes), dtype)
-        return made[name, dtype]
+    @functools.cache
+    def get(name: str, dtype: torch.dtype) -> PreTrainedModel:
+        if dtype != torch.float64:
+            return copy.deepcopy(get(name, torch.float64)).to(dtype)
+        variant, changes = MODELS[name]
+        return load(build(variant, tmp_path_factory.mktemp(name), **changes))
 
-    return get
+    return lambda name, dtype=torch.float64: get(name, dtype)
 
 
 def linears(model: PreTrainedModel, index: int) -> dict[str, tuple[str, nn.Module]]:
@@ -128,7 +128,7 @@ def gated(model: PreTrainedModel, gates: Mapping[str, Gate], seen: dict[str, Ten
         seen[name] = args[0]
         return None
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in gates]
+    handles = [model.get_submodule(name).register_forward_pre_hook(functools.partial(hook, name)) for name in gates]
     try:
         yield
     finally:
@@ -365,6 +365,9 @@ def test_norms_that_no_scale_stands_for_are_refused(dense):
     key = next(name for name, gate in gates.items() if gate.role == "k")
     refused({**gates, key: replace(gates[key], norm_I=torch.ones_like(gates[key].norm_I))}, model, "norms of their own")
     refused({**gates, key: replace(gates[key], basis="basis.0")}, model, "rotated basis")
+    closed = gates[key].norm_I.clone().index_fill(0, torch.tensor(2), 0.0)
+    never = {n: replace(gate, norm_I=closed) if gate.group == gates[key].group else gate for n, gate in gates.items()}
+    refused(never, model, "never opens for an input that has weights")
     model = dense("gpt2")
     gates = gates_of(model)
     down = next(name for name, gate in gates.items() if gate.role == "down")
@@ -383,7 +386,7 @@ def test_norms_that_no_scale_stands_for_are_refused(dense):
 )
 def test_families_without_a_norm_to_fold_into_are_refused(model_type, changes, reason):
     config = AutoConfig.for_model(model_type, **changes)
-    for refuse in (check_foldable, foldings, partial(foldable_norms, {}), partial(fold_block, {}, {})):
+    for refuse in (check_foldable, foldings, functools.partial(foldable_norms, {}), functools.partial(fold_block, {}, {})):
         with pytest.raises(LLMPruneError, match=f"^This {model_type} model cannot be stored folded .*{reason}.*leave out"):
             refuse(config)
 
