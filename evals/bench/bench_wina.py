@@ -3,8 +3,8 @@
     LLMPRUNE_DATA=... python evals/bench/bench_wina.py [VARIANT ...]
 
 Calibration: 16 samples x 512 tokens of wikitext-2 validation. Evaluation: the first 8 disjoint windows of 512 tokens of
-wikitext-2 test, every linear of every block gated, the first 1 % of a window's tokens dense. `kl` is KL(dense || gated) per token
-in nats. `dropped` is the share of the gated weights that the evaluation's gated tokens did without; `read` is what a token
+wikitext-2 test, every linear of every block gated, the first 1 % of a window's tokens dense. `kl` is KL(dense || gated) per
+token in nats. `dropped` is the share of the gated weights that the evaluation's gated tokens did without; `read` is what a token
 reads of the blocks in relation to the dense model, rotations included. One calibration serves all sparsities of a variant.
 """
 
