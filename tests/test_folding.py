@@ -18,7 +18,7 @@ from tiny import BLOCKS, VARIANTS, VOCABULARY, build
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llmprune import LLMPruneError
+from llmprune import LLMPruneError, folding
 from llmprune.activation_plan import Gate, Plan, drop, frobenius
 from llmprune.folding import check_foldable, fold_block, foldable_norms, foldings
 from llmprune.models import FAMILIES
@@ -399,6 +399,15 @@ def test_blocks_of_their_own_widths_are_folded(tmp_path):
     other, after = fold(model, gates_of(model))
     assert [sum(gate.block == index for gate in after.values()) for index in range(3)] == [7, 4, 3]
     assert difference(other(tokens_of()).logits, model(tokens_of()).logits) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["llama_grouped", "gpt2"])
+def test_pieces_of_any_size_fold_to_the_same_bits(name, dense, monkeypatch):
+    model = dense(name, torch.float32)
+    whole, _ = fold(model, gates_of(model))
+    monkeypatch.setattr(folding, "_PIECE", 100)
+    pieces, _ = fold(model, gates_of(model))
+    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in pieces.named_parameters())
 
 
 def test_only_what_is_gated_is_folded(dense):
