@@ -16,17 +16,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from .activation_allocation import Unit, shares_of
 from .checkpoint import reading, write_file
 from .errors import LLMPruneError
+from .gating_scores import Curve, channel_thresholds, drop
+
+__all__ = ["DENSE", "FILE", "TENSORS", "Gate", "Plan", "drop", "frobenius"]
 
 Score = Literal["wina", "wina-released", "teal"]
 Basis = Literal["native", "stacked", "kgate"]
@@ -79,11 +82,7 @@ class Gate:
     @property
     def tau_I(self) -> Tensor:
         """The threshold of every channel (1), float32 [I]: +inf for a column of zeros, -1 in a gate that keeps everything."""
-        if self.threshold < 0:
-            return torch.full_like(self.norm_I, DENSE)
-        tau_I = (self.threshold / self.norm_I.double()).float()
-        # 0 / 0 is NaN.
-        return torch.where(self.norm_I > 0, tau_I, torch.inf)
+        return channel_thresholds(self.threshold, self.norm_I)
 
     @property
     def numel(self) -> int:
@@ -132,6 +131,31 @@ class Plan:
         """Share of all gated weights that was not needed, over calibration tokens."""
         total = sum(gate.numel for gate in self.gates.values())
         return sum(gate.measured * gate.numel for gate in self.gates.values()) / total if total else 0.0
+
+    def at(self, sparsity: float) -> Plan:
+        """The plan for another sparsity: what a calibration for it would give, but for the errors, which nothing has measured.
+
+        Raises:
+            LLMPruneError: a sparsity outside [0, 1).
+        """
+        if not 0 <= sparsity < 1:
+            raise LLMPruneError(f"Sparsity {sparsity} is outside [0, 1): give the share of inputs to drop, such as 0.5.")
+        groups_B: dict[int, list[list[Gate]]] = {}
+        for gates in self.groups.values():
+            groups_B.setdefault(gates[0].block, []).append(gates)
+        changed: dict[str, Gate] = {}
+        for block, groups in groups_B.items():
+            units = [
+                Unit(sum(gate.shape[0] for gate in gates), gates[0].shape[1], Curve(gates[0].counts), gates[0].sensitivity)
+                for gates in groups
+            ]
+            shares = shares_of(self.allocation, units, self.tables.get(block), sparsity)
+            for gates, unit, share in zip(groups, units, shares, strict=True):
+                threshold = unit.curve.threshold(share)
+                measured = unit.curve.share(threshold)
+                for gate in gates:
+                    changed[gate.name] = replace(gate, sparsity=share, threshold=threshold, measured=measured, error=None)
+        return replace(self, gates={name: changed[name] for name in self.gates}, sparsity=sparsity)
 
     def check(self, model: nn.Module) -> None:
         """Raise `LLMPruneError` if a model's weights are not those that the plan was made for."""
@@ -245,11 +269,6 @@ class Plan:
 def frobenius(weight_OI: Tensor) -> float:
     """The norm of a matrix, by which a plan knows it again."""
     return float(weight_OI.float().square().sum(dim=1).double().sum().sqrt())
-
-
-def drop(inputs: Tensor, tau_I: Tensor) -> Tensor:
-    """The inputs with zeros where they are left out (1): any float dtype [..., I], compared in float32."""
-    return inputs.masked_fill(inputs.float().abs() <= tau_I, 0)
 
 
 # What is readable of a gate. A group's norms and histogram are tensors.

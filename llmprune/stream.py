@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -42,6 +42,9 @@ from .models import Linear, Skeleton
 from .output import Output
 from .ranks import Ranks
 from .statistics import CrossHessian, Ends, Statistic, all_finite
+
+if TYPE_CHECKING:
+    from .activation_plan import Plan
 
 S = TypeVar("S", bound=Statistic)
 C = TypeVar("C", bound="Cutter")
@@ -213,6 +216,8 @@ class Stream:
         self.dense_activations: Activations | None = None
         # How blocks are made smaller, once a method has decided that.
         self.cutter: Cutter | None = None
+        # What every linear may leave out of its inputs, once a method that leaves weights alone has decided that.
+        self.plan: Plan | None = None
         self._forward = False
         self._writing: Future[None] | None = None
         # What the latest block's input and output have to do with each other.
