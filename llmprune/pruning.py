@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from . import __version__, allocation, calibration, card, mask_search, methods, sampling, settings, structure
+from .activation_plan import Plan
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
@@ -29,7 +30,7 @@ from .recipe import DECISIVE, Recipe, from_options, parse_nm
 from .refinement import observed
 from .scores import difference
 from .statistics import Statistic
-from .stream import Clock, Stream
+from .stream import Stream
 from .structure import Surgeon
 
 if TYPE_CHECKING:
@@ -167,12 +168,13 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
             stream = _stream_blocks(ready, output, tokens, ranks, say, quiet)
             if ranks.is_main:
                 surgeon = stream.cutter if isinstance(stream.cutter, Surgeon) else None
-                record = _record(ready, output, tokens, stream.clock, surgeon)
+                record = _record(ready, output, tokens, stream, surgeon)
                 record |= {"seconds": round(time.time() - started, 1), "peak_rss_bytes": peak_rss()}
                 if skeleton.device.type == "cuda":
                     record["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
                 settled = recipe.model_copy(update={"output": None, "overwrite": False}).to_yaml()
-                output.finish(settled, record, surgeon.files() if surgeon else None)
+                beside = surgeon or stream.plan
+                output.finish(settled, record, beside.files() if beside else None)
         # A perplexity that cannot be measured takes nothing away from the model, which is finished.
         if evaluation and not _measured(record := output.read_record(), evaluation):
             record["perplexity"] = _evaluate(ready, output.directory, evaluation, quiet)
@@ -316,7 +318,7 @@ def progress_steps(ready: Prepared) -> int:
 
 
 def _record(
-    ready: Prepared, output: Output, tokens: TokenSet | None, clock: Clock, surgeon: Surgeon | None
+    ready: Prepared, output: Output, tokens: TokenSet | None, stream: Stream, surgeon: Surgeon | None
 ) -> dict[str, object]:
     """What llmprune.json says, but for measurements that come after it."""
     recipe, skeleton = ready.recipe, ready.skeleton
@@ -356,8 +358,19 @@ def _record(
         ],
         "linears": linears,
         **widths,
+        **({"gating": _gating(stream.plan)} if stream.plan else {}),
         **({"search" if recipe.icbs else "evolution": searched[1]["history"]} if searched else {}),
-        "clock_seconds": {key: round(value, 3) for key, value in asdict(clock).items()},
+        "clock_seconds": {key: round(value, 3) for key, value in asdict(stream.clock).items()},
+    }
+
+
+def _gating(plan: Plan) -> dict[str, object]:
+    """What the record says of a plan of gates; what it says of single linears is among their facts."""
+    settled = ("score", "share", "allocation", "basis", "form", "sparsity", "measured", "compared")
+    return {
+        **{key: getattr(plan, key) for key in settled},
+        "gated": sum(gate.numel for gate in plan.gates.values()),
+        "bases": sum(basis_II.numel() for basis_II in plan.bases.values()),
     }
 
 
@@ -506,10 +519,10 @@ def coverage_line(ready: Prepared) -> str:
             f"{prunable / skeleton.parameters():.1%} of the model"
         )
     roles = list(dict.fromkeys(linear.role for linear in skeleton.linears[0]))
+    verb = "gated" if ready.recipe.method == "wina" else "prunable"
     return (
-        f"prunable: {', '.join(roles)} of {len(skeleton.blocks)} blocks, {skeleton.prunable_parameters() / 1e6:.1f} M "
-        f"parameters = {ready.coverage:.1%} of the decoder, {skeleton.prunable_parameters() / skeleton.parameters():.1%} "
-        "of the model"
+        f"{verb}: {', '.join(roles)} of {len(skeleton.blocks)} blocks, {skeleton.prunable_parameters() / 1e6:.1f} M parameters "
+        f"= {ready.coverage:.1%} of the decoder, {skeleton.prunable_parameters() / skeleton.parameters():.1%} of the model"
     )
 
 

@@ -23,7 +23,8 @@ class Linear(BaseModel):
 
     Errors are squared and relative to the squared output: of the result on the tokens that it was fitted to (`error`) and on
     samples held out of the fit (`fresh_error`), and there of the method's own mask (`start_fresh_error`). Of a gated linear
-    `dropped` is the share of its inputs that a calibration token does without, and `gate_error` what that costs.
+    `gate_measured` is the share of its inputs that a calibration token does without, `gate_error` what that costs, and
+    `teal_error` what it would cost to drop as many by TEAL's score.
     """
 
     role: str
@@ -34,8 +35,9 @@ class Linear(BaseModel):
     fresh_error: float | None = None
     start_fresh_error: float | None = None
     rows_refused: int | None = None
-    dropped: float | None = None
+    gate_measured: float | None = None
     gate_error: float | None = None
+    teal_error: float | None = None
 
     @property
     def size(self) -> int:
