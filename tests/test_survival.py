@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -44,19 +45,15 @@ def same(left, right):
 
 
 def launch(ranks, model_dir, output, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "llmprune", "prune"]
-    command += ["--model", str(model_dir), "--output", str(output), *FLAGS, *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    return forked.ranks(*[["prune", "--model", model_dir, "--output", output, *FLAGS, *flags]] * ranks)
 
 
 def harness(model_dir, workdir, *flags, **recipe):
     """Run the crash harness in a process of its own, which forks the ones it kills. Returns what it prints on both streams."""
-    command = [sys.executable, str(HARNESS), str(model_dir), str(workdir), *flags, "--recipe", json.dumps(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    process = forked.python(HARNESS, model_dir, workdir, *flags, "--recipe", json.dumps(recipe))
+    out, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, errors
+    return json.loads(out), errors
 
 
 # Recipe to the kills of an ordinary test run.
@@ -153,8 +150,7 @@ def test_a_changed_recipe_or_model_is_refused_by_name_while_a_run_is_unfinished(
 def test_an_interrupt_prints_the_command_that_resumes(model_dir, tmp_path, number):
     out = tmp_path / "out"
     flags = ["--model", str(model_dir), "--output", str(out), "--calibration=random", "--samples=3000", "--seqlen=64"]
-    command = [sys.executable, "-m", "llmprune", "prune", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.python("-m", "llmprune", "prune", *flags)
     while not (out / ".llmprune" / "journal.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -171,8 +167,8 @@ def test_an_interrupt_prints_the_command_that_resumes(model_dir, tmp_path, numbe
 def test_two_and_four_ranks_write_the_bytes_of_one(model_dir, tmp_path):
     llmprune.prune(str(model_dir), output=tmp_path / "one", **OPTIONS)
     for ranks in (2, 4):
-        done = launch(ranks, model_dir, tmp_path / str(ranks))
-        assert done.returncode == 0, done.stderr
+        codes, errors = launch(ranks, model_dir, tmp_path / str(ranks))
+        assert codes == [0] * ranks, errors
         assert same(tmp_path / "one", tmp_path / str(ranks))
 
 
@@ -180,8 +176,8 @@ def test_two_and_four_ranks_write_the_bytes_of_one(model_dir, tmp_path):
 def test_hessian_masks_agree_between_one_and_two_ranks(model_dir, tmp_path):
     options = {**OPTIONS, "method": "sparsegpt", "dtype": "float32"}
     llmprune.prune(str(model_dir), output=tmp_path / "one", **options)
-    done = launch(2, model_dir, tmp_path / "two", "--method=sparsegpt", "--dtype=float32")
-    assert done.returncode == 0, done.stderr
+    codes, errors = launch(2, model_dir, tmp_path / "two", "--method=sparsegpt", "--dtype=float32")
+    assert codes == [0, 0], errors
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     differing = sum(int(((one[name] == 0) != (two[name] == 0)).sum()) for name in one)
     # Hessians are float32 sums whose order depends on the number of ranks; near-ties may fall the other way.
@@ -212,9 +208,9 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_of_ranks_resumes(mode
 
 @pytest.mark.slow
 def test_more_ranks_than_samples_is_one_sentence(model_dir, tmp_path):
-    done = launch(2, model_dir, tmp_path / "out", "--samples=1")
-    assert done.returncode != 0
-    assert done.stderr.count("error: 2 ranks cannot share 1 calibration samples") == 1
+    codes, errors = launch(2, model_dir, tmp_path / "out", "--samples=1")
+    assert codes == [2, 2]
+    assert errors.count("error: 2 ranks cannot share 1 calibration samples") == errors.count("error: ") == 1
 
 
 @pytest.fixture
