@@ -80,9 +80,9 @@ def closed_form(units: Sequence[Unit], sparsity: float) -> list[float]:
     """
     total = sum(unit.size for unit in units)
     wanted = sparsity * total
-    free = [unit.curve.zeros for unit in units]
+    free = [unit.curve.zeros if unit.sensitivity else 1.0 for unit in units]
     spent = sum(unit.size * share for unit, share in zip(units, free, strict=True))
-    if spent >= wanted:  # zeros alone are enough
+    if spent >= wanted:  # what costs nothing is enough
         return [share * wanted / spent if spent else 0.0 for share in free]
 
     def shares(log_mu: float) -> list[float]:
@@ -163,7 +163,7 @@ def _stepped(shares: tuple[float, ...], unit: int) -> tuple[float, ...]:
 
 
 def on_path(path: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float) -> list[float]:
-    """The shares at which a path of rising shares meets (1)."""
+    """The shares at which a path of rising shares meets (1), or its end."""
     total = sum(sizes)
     before = path[0]
     for shares in path:
@@ -173,7 +173,7 @@ def on_path(path: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: flo
             part = (sparsity * total - few) / (dropped - few) if dropped > few else 0.0
             return [(1 - part) * one + part * other for one, other in zip(before, shares, strict=True)]
         before = shares
-    raise AssertionError("the path ends before that sparsity")
+    return list(before)
 
 
 def from_table(table_SG: Tensor, sizes: Sequence[int], sparsity: float) -> list[float]:

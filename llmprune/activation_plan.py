@@ -40,7 +40,7 @@ FORMAT = 1
 # The threshold of a gate that keeps everything, zeros too.
 DENSE = -1.0
 # Weights are a plan's own if their Frobenius norms are. Rounding to 16 bits changes those by less.
-TOLERANCE = 1e-4
+TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True, eq=False)
