@@ -3,7 +3,8 @@
     model = llmprune.load("llama-sparse")
 
 Every format that llmprune writes is a Hugging Face directory that transformers loads, by our own classes where blocks have
-different widths (see registration.py); a format that is not gets a function beside `_plain`.
+different widths (see registration.py); a format that is not gets a function beside `_plain`. A plan of gates that lies beside
+the weights is applied (see runtime/gating.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from .activation_plan import Plan
 from .checkpoint import Checkpoint
 from .errors import LLMPruneError
 from .gguf import quiet_transformers
@@ -35,6 +37,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gated: bool = True,
 ) -> PreTrainedModel:
     """Load a model to run it.
 
@@ -44,20 +47,28 @@ def load(
         dtype: float32, bfloat16 or float16; by default as the weights are stored.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run modelling code that the model brings.
+        gated: with `--method wina`, leave inputs out when writing tokens; False gives the dense model.
 
     Returns:
         The model in evaluation mode, on the device.
 
     Raises:
-        LLMPruneError: there is no such model, it is unfinished, damaged or incomplete, or wants to run code of its own.
+        LLMPruneError: there is no such model, it is unfinished, damaged or incomplete, or wants to run code of its own; its
+            plan of gates is damaged or was made for other weights.
     """
     options: dict[str, object] = {"model": str(model), "device": device, "dtype": dtype}
     where, _ = choose_device(from_options(options))
     directory = resolve(str(model), revision=revision).directory
     check_model(directory, trust_remote_code=trust_remote_code)
+    plan = Plan.load(directory) if gated else None
     loaded = _plain(directory, dtype or "auto", trust_remote_code=trust_remote_code)
     loaded.to(torch.device(where))  # type: ignore[arg-type]
-    return loaded.eval()
+    loaded.eval()
+    if plan:
+        from .runtime.gating import apply
+
+        apply(loaded, plan)
+    return loaded
 
 
 def check_model(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
