@@ -19,7 +19,9 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -46,11 +48,13 @@ from .pruning import Say
 from .recipe import Dtype, from_options, sentence
 from .record import Record, read
 from .settings import choose_device
-from .traffic import Probe, Traffic, cache_bytes, device_name, last_level_cache, synchronize, weights_read
+from .traffic import Probe, Traffic, cache_bytes, device_name, gated_weights_read, last_level_cache, synchronize, weights_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+    from .runtime.gating import Gated
 
 PROMPT, NEW, REPEATS = 128, 32, 5
 NONE = "none"
@@ -62,6 +66,8 @@ TEXT = (
     "about the well that had run dry, about the two dogs, and about the price of glass, which had doubled since the spring. "
     "She folded the paper, looked at the gulls and counted the days. By noon the clouds were gone. "
 )
+# Processor time over time below which the machine was not ours; several threads make it more than 1.
+ALONE = 0.9
 LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 
@@ -128,6 +134,12 @@ class _Entry:
         """The longest sequence that the model takes, where its configuration says so."""
         config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         return next((int(config[key]) for key in LIMITS if config.get(key)), None)
+
+
+def _check_backend(backend: str) -> None:
+    from .runtime.dispatch import check_backend
+
+    check_backend(backend)
 
 
 def _entries(request: Request, say: Say) -> list[_Entry]:
@@ -229,6 +241,7 @@ class _Contender:
     traffic: Traffic
     dense: float
     active: float | None
+    backend: str | None
     notes: list[str]
     prefill_R: list[float] = field(default_factory=list)
     decode_R: list[float] = field(default_factory=list)
@@ -255,32 +268,60 @@ class _Contender:
 def _prepare(entry: _Entry, request: Request, prompt: int, device: torch.device, dtype: str | None) -> _Contender:
     """Load a model and let it write once, which warms it up and shows what it reads."""
     notes: list[str] = []
-    model = load(entry.directory, device=str(device), dtype=dtype, trust_remote_code=request.trust_remote_code)
-    ids_1T = _prompt(entry, model, prompt, request, notes).to(device)
+    model = load(entry.directory, device=str(device), dtype=dtype, trust_remote_code=request.trust_remote_code, gated=False)
+    gates = _apply(model, entry.plan, request) if entry.plan else None
+    ids_1T = _prompt(entry.directory, model, prompt, trust_remote_code=request.trust_remote_code)
+    if ids_1T is None:
+        notes.append(f"{entry.name} has no tokenizer that fits it: the prompt is of random tokens")
+        ids_1T = _random_prompt(model, prompt)
+    ids_1T = ids_1T.to(device)
     cache, first_11 = _prefill(model, ids_1T)
     prefilled = None if request.prefill else copy.deepcopy(cache)
     next_11, context = first_11, 0
-    for _ in range(request.tokens):
-        next_11 = _step(model, next_11, cache)
-        context += cache_bytes(cache, model)
-    traffic = replace(weights_read(model), cache=context / request.tokens)
+    with gates.counting() if gates else nullcontext() as activity:
+        for _ in range(request.tokens):
+            next_11 = _step(model, next_11, cache)
+            context += cache_bytes(cache, model)
+    dense = weights_read(model)
+    traffic, active, backend = dense, None, None
+    if gates and activity:
+        running = {linear.name: linear.backend for linear in gates.report()}
+        traffic, active, backend = gated_weights_read(model, gates, activity.active), activity.share, _summary(running.values())
     if any(parameter.ndim > 2 for parameter in model.parameters()):
         notes.append(f"{entry.name} has weights of more than two dimensions, of which a token may read a part: all are counted")
-    dense = weights_read(model).total
-    return _Contender(entry, model, ids_1T, first_11, prefilled, traffic, dense, None, notes)
+    traffic = replace(traffic, cache=context / request.tokens)
+    return _Contender(entry, model, ids_1T, first_11, prefilled, traffic, dense.total, active, backend, notes)
 
 
-def _prompt(entry: _Entry, model: PreTrainedModel, length: int, request: Request, notes: list[str]) -> Tensor:
-    """Tokens [1, length] of the text, or random ones where there is no tokenizer for it."""
-    tokenizer = load_tokenizer(entry.directory, trust_remote_code=request.trust_remote_code)
+def _apply(model: PreTrainedModel, plan: Plan, request: Request) -> Gated:
+    from .runtime.gating import apply
+
+    return apply(model, plan, backend=request.backend or "auto")
+
+
+def _summary(backends: Iterable[str]) -> str:
+    """What computes the gated linears: `cpp`, or `cpp 180, dense 30`."""
+    counts = Counter(backends)
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _prompt(directory: Path, model: PreTrainedModel, length: int, *, trust_remote_code: bool = False) -> Tensor | None:
+    """Tokens [1, length] of the text, None where no tokenizer of the model's makes them."""
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        return None
+    ids = tokenizer(TEXT * (1 + length // len(TEXT.split()))).input_ids[:length]
+    return torch.tensor([ids]) if len(ids) == length and max(ids) < _vocabulary(model) else None
+
+
+def _random_prompt(model: PreTrainedModel, length: int) -> Tensor:
+    return torch.randint(_vocabulary(model), (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    vocabulary = embedding.num_embeddings
-    ids = tokenizer(TEXT * (1 + length // len(TEXT.split()))).input_ids[:length] if tokenizer else []
-    if len(ids) < length or max(ids) >= vocabulary:
-        notes.append(f"{entry.name} has no tokenizer that fits it: the prompt is of random tokens")
-        return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    return torch.tensor([ids])
+    return embedding.num_embeddings
 
 
 def _prefill(model: PreTrainedModel, ids_1T: Tensor) -> tuple[Cache, Tensor]:
@@ -309,9 +350,13 @@ def bench(request: Request, *, say: Say, quiet: bool) -> list[BenchResult]:
     """
     if request.output:
         earlier(request.output)
+    if request.backend:
+        _check_backend(request.backend)
     where, _ = choose_device(from_options({"model": request.model, "device": request.device}))
     device = torch.device(where)
     entries = _entries(request, say)
+    if request.backend and not any(entry.plan for entry in entries):
+        say("warning: --backend had no effect: none of these models has gates.")
     prompt = _prompt_length(request, entries)
     _check_memory(request, entries, device)
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -325,18 +370,28 @@ def bench(request: Request, *, say: Say, quiet: bool) -> list[BenchResult]:
             advance(f"{entry.name}, warm-up")
         contenders = [found[entry] for entry in entries]
         probe = Probe(device)
-        for round in range(request.repeats):
-            probe.measure()
-            for place in range(len(contenders)):
-                contender = contenders[(round + place) % len(contenders)]
-                contender.measure(request.tokens)
-                advance(f"{contender.entry.name}, round {round + 1}")
+        _rounds(contenders, probe, request, advance)
     results = [_result(contender, contenders[0], probe, request, started) for contender in contenders]
     for note in dict.fromkeys(note for result in results for note in result.notes):
         say(f"warning: {note}.")
     if request.output:
         write(results, request.output)
     return results
+
+
+def _rounds(contenders: Sequence[_Contender], probe: Probe, request: Request, advance: Callable[[str], None]) -> None:
+    """All take turns, and in every round another one begins."""
+    wall, processor = time.perf_counter(), time.process_time()
+    for turn in range(request.repeats):
+        probe.measure()
+        for place in range(len(contenders)):
+            contender = contenders[(turn + place) % len(contenders)]
+            contender.measure(request.tokens)
+            advance(f"{contender.entry.name}, round {turn + 1}")
+    share = (time.process_time() - processor) / (time.perf_counter() - wall)
+    if contenders[0].ids_1T.device.type == "cpu" and share < ALONE:
+        for contender in contenders:
+            contender.notes.append(f"other processes had the processor for {1 - share:.0%} of the time or more")
 
 
 def _result(contender: _Contender, first: _Contender, probe: Probe, request: Request, started: str) -> BenchResult:
@@ -376,7 +431,7 @@ def _result(contender: _Contender, first: _Contender, probe: Probe, request: Req
         torch=torch.__version__,
         transformers=version("transformers"),
         llmprune=__version__,
-        backend=None,
+        backend=contender.backend,
         batch=1,
         prompt_tokens=prompt,
         new_tokens=request.tokens,

@@ -134,7 +134,7 @@ def earlier(file: Path) -> list[dict[str, object]]:
     names = [each.name for each in fields(BenchResult)]
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""))) if file.suffix == ".csv" else json.loads(text)
-        alike = all(list(row) == names for row in rows)
+        alike = isinstance(rows, list) and all(list(row) == names for row in rows)
     except (ValueError, TypeError, csv.Error):
         alike = False
     if not alike:

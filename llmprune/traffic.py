@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+    from .runtime.gating import Gated
 
 # What is read to measure the bandwidth: several times any cache.
 PROBE_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -61,6 +63,19 @@ def weights_read(model: PreTrainedModel, active: Mapping[str, float] | None = No
             else:
                 sums["linears"] += parameter.nbytes * (active or {}).get(name, 1.0)
     return Traffic(**sums)
+
+
+def gated_weights_read(model: PreTrainedModel, gates: Gated, active: Mapping[str, float]) -> Traffic:
+    """The same of a gated model.
+
+    Args:
+        gates: its gates at work. A linear that they run dense, or as the reference does, is read as a whole.
+        active: by name of a linear the share of its inputs that it read.
+    """
+    skipping = [each.name for each in gates.report() if each.backend not in ("dense", "reference")]
+    read = weights_read(model, {name: active[name] for name in skipping})
+    thresholds = sum(gates.plan.gates[name].tau_I.nbytes for name in skipping)
+    return replace(read, gates=thresholds + sum(basis_II.nbytes for basis_II in gates.bases.values()))
 
 
 def cache_bytes(cache: Cache, model: nn.Module) -> int:

@@ -133,4 +133,5 @@ def _show(results: Sequence[BenchResult]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     for result in results:
         if result.active is not None:
-            console.print(f"{result.name}: {result.active:.1%} of the gated weights read", highlight=False, soft_wrap=True)
+            read = f"{result.name}: {result.active:.1%} of the gated weights read, by {result.backend}"
+            console.print(read, highlight=False, soft_wrap=True)
