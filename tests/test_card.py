@@ -292,9 +292,10 @@ def test_the_snippet_of_a_smaller_model_loads_it(smaller: Path, run_python: Call
     assert "loads after \\`import llmprune\\`, or anywhere with trust\\_remote\\_code=True" in text
     first, second = (token.content for token in MarkdownIt().parse(text) if token.info == "python")
     assert "trust_remote_code=True" in first
-    for snippet in (first, second):
-        name = run_python(f"{snippet}\nprint(type(model).__name__)", cwd=smaller.parent).splitlines()[-1]
-        assert name == "LLMPruneLlamaForCausalLM"
+    name = "print(type(model).__name__)"
+    anywhere = 'import sys; assert "llmprune" not in sys.modules; del model'
+    names = run_python("\n".join([first, name, anywhere, second, name]), cwd=smaller.parent).splitlines()
+    assert [line for line in names if line.startswith("LLMPrune")] == ["LLMPruneLlamaForCausalLM"] * 2
 
 
 def test_what_recovery_did_is_said(smaller: Path, tmp_path: Path) -> None:

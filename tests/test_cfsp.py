@@ -6,12 +6,11 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import in_process
 import pytest
 import torch
@@ -434,30 +433,43 @@ FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert "llmprune" not in sys.modules
-found = {}
-for name in ("auto", "padded", "masked"):
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=name == "auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    batch = tokenizer(["a", "a longer text"], return_tensors="pt", padding=True)
-    with torch.no_grad():
-        out = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)
-        found[name] = model(**batch).logits[batch.attention_mask.bool()], out
-for name in ("padded", "masked"):
-    torch.testing.assert_close(found[name][0], found["auto"][0], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[name][1], found["auto"][1])
-try:
-    AutoModelForCausalLM.from_pretrained("auto", trust_remote_code=False)
-except ValueError as error:
-    print("trust_remote_code" in str(error))
+for compensate in ("none", "lstsq"):
+    found = {}
+    for name in ("auto", "padded", "masked"):
+        folder = f"{compensate}/{name}"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=name == "auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        batch = tokenizer(["a", "a longer text"], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            out = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            found[name] = model(**batch).logits[batch.attention_mask.bool()], out
+    for name in ("padded", "masked"):
+        torch.testing.assert_close(found[name][0], found["auto"][0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[name][1], found["auto"][1])
+    try:
+        AutoModelForCausalLM.from_pretrained(f"{compensate}/auto", trust_remote_code=False)
+    except ValueError as error:
+        print(compensate, "trust_remote_code" in str(error))
 """
 
 
-@pytest.mark.parametrize("compensate", ["none", pytest.param("lstsq", marks=pytest.mark.slow)])
-def test_all_formats_are_one_model_in_a_process_without_llmprune(model_dir, tmp_path, run_python, compensate):
-    for format in ("auto", "padded", "masked"):
-        prune(model_dir, tmp_path / format, format=format, compensate=compensate)
-    assert channels(tmp_path / "auto") == channels(tmp_path / "padded") == channels(tmp_path / "masked")
-    assert run_python(FRESH, cwd=tmp_path).endswith("True")
+@pytest.fixture(scope="module")
+def formats(model_dir, tmp_path_factory, run_python):
+    """A folder of models in every format, and what a process without llmprune says of them."""
+    folder = tmp_path_factory.mktemp("formats")
+    for compensate in ("none", "lstsq"):
+        for format in ("auto", "padded", "masked"):
+            prune(model_dir, folder / compensate / format, format=format, compensate=compensate)
+    return folder, run_python(FRESH, cwd=folder).splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compensate", ["none", "lstsq"])
+def test_all_formats_are_one_model_in_a_process_without_llmprune(formats, compensate):
+    folder, said = formats
+    auto, padded, masked = (channels(folder / compensate / format) for format in ("auto", "padded", "masked"))
+    assert auto == padded == masked
+    assert any(line.endswith(f"{compensate} True") for line in said)
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2", "qwen3"])
@@ -579,10 +591,10 @@ KILLED = {
 def test_a_run_killed_anywhere_resumes_to_the_same_bytes(model_dir, tmp_path, case):
     kills = os.environ.get("LLMPRUNE_KILLS", "2")
     recipe = json.dumps({**OPTIONS, **KILLED[case]})
-    command = [sys.executable, str(HARNESS), str(model_dir), str(tmp_path), "--kills", kills, "--recipe", recipe]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kills"] == int(kills)
+    process = forked.python(HARNESS, model_dir, tmp_path, "--kills", kills, "--recipe", recipe)
+    counts, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert json.loads(counts)["kills"] == int(kills)
 
 
 @pytest.mark.slow
@@ -590,12 +602,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(model_dir, tmp_path, ca
 def test_two_ranks_write_the_plan_of_one(model_dir, tmp_path, compensate):
     prune(model_dir, tmp_path / "one", compensate=compensate)
     flags = [f"--{key}={value}" for key, value in {**OPTIONS, "compensate": compensate}.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "llmprune", "prune"]
-    command += ["--model", str(model_dir), "--output", str(tmp_path / "two"), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
-    assert done.returncode == 0, done.stderr
+    codes, errors = forked.ranks(*[["prune", "--model", model_dir, "--output", tmp_path / "two", *flags]] * 2)
+    assert codes == [0, 0], errors
     assert (tmp_path / "two" / PLAN).read_text() == (tmp_path / "one" / PLAN).read_text()
     one, two = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "two")
     assert one.entries.keys() == two.entries.keys()

@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from crash_harness import digests
@@ -359,25 +356,13 @@ def test_when_all_is_searched_only_pruning_goes_on(model_dir, tmp_path, monkeypa
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_two_ranks_find_and_write_what_one_does(model_dir, tmp_path):
-    one, port = prune(model_dir, tmp_path / "one"), free_port()
+    one = prune(model_dir, tmp_path / "one")
     flags = ["--quiet", "--allocation=searched", "--output", tmp_path / "two", "--search", json.dumps(SEARCH)[1:-1]]
     flags += [part for key, value in OPTIONS.items() for part in (f"--{key}", str(value))]
-    line = [sys.executable, "-m", "llmprune", "prune", "--model", *map(str, (model_dir, *flags))]
-    ranks = []
-    for rank in range(2):
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-        env = {**os.environ, **env, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    codes, errors = forked.ranks(*[["prune", "--model", model_dir, *flags]] * 2)
+    assert codes == [0, 0], errors
     assert json.loads((tmp_path / "two" / "llmprune.json").read_text())["evolution"] == one.record["evolution"]
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
 

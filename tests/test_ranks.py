@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,14 +18,6 @@ FLAGS = ["--calibration=random", "--samples=6", "--seqlen=24", "--quiet"]
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return build("llama", tmp_path_factory.mktemp("llama"))
-
-
-def start(rank, size, port, *arguments):
-    """One rank of a run, as a launcher would start it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    command = [sys.executable, "-m", "llmprune", "prune", *map(str, arguments), *FLAGS]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def free_port():
@@ -50,11 +43,8 @@ def test_ranks_that_see_different_files_are_told_which_in_one_sentence(model_dir
         config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     else:
         own = tuple([*flags, "--seed", str(rank)] for rank, flags in enumerate(own))
-    port = free_port()
-    ranks = [start(rank, 2, port, *flags, "--output", tmp_path / "out") for rank, flags in enumerate(own)]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    message = "".join(errors)
+    codes, message = forked.ranks(*(["prune", *flags, *FLAGS, "--output", tmp_path / "out"] for flags in own))
+    assert codes == [2, 2]
     assert message.count("error: ") == 1
     assert f"Rank 1 and rank 0 differ in {'seed' if what == 'calibration tokens' else what}" in message
     assert not (tmp_path / "out" / "config.json").exists()

@@ -3,12 +3,10 @@
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from crash_harness import digests
@@ -396,35 +394,22 @@ def test_overwrite_forgets_an_interrupted_search(model_dir, tmp_path, monkeypatc
 def test_a_killed_run_goes_on_to_the_same_bytes(model_dir, tmp_path):
     recipe = {**OPTIONS, "search": SEARCH}
     kills = os.environ.get("LLMPRUNE_KILLS", "2")
-    command = [sys.executable, str(HARNESS), str(model_dir), str(tmp_path), "--kills", kills, "--recipe", json.dumps(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kills"] == int(kills)
+    process = forked.python(HARNESS, model_dir, tmp_path, "--kills", kills, "--recipe", json.dumps(recipe))
+    counts, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, errors
+    assert json.loads(counts)["kills"] == int(kills)
 
 
 # Ranks --------------------------------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_two_ranks_find_and_write_what_one_does(model_dir, tmp_path):
     one = prune(model_dir, tmp_path / "one")
-    port = free_port()
     flags = ["--quiet", "--output", tmp_path / "two", "--search", json.dumps(SEARCH)[1:-1]]
     flags += [part for key, value in OPTIONS.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "llmprune", "prune", "--model", *map(str, (model_dir, *flags))]
-    ranks = []
-    for rank in range(2):
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-        env = {**os.environ, **env, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    codes, errors = forked.ranks(*[["prune", "--model", model_dir, *flags]] * 2)
+    assert codes == [0, 0], errors
     assert (tmp_path / "two" / PLAN).read_bytes() == (tmp_path / "one" / PLAN).read_bytes()
     two = json.loads((tmp_path / "two" / "llmprune.json").read_text())
     for ours, theirs in zip(one.record["evolution"], two["evolution"], strict=True):
