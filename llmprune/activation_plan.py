@@ -243,7 +243,7 @@ class Plan:
             if facts["format"] != FORMAT:
                 raise LLMPruneError(f"{file} is of format {facts['format']}, which this llmprune cannot read: update it.")
             if hashlib.sha256(content).hexdigest() != facts["tensors_sha256"]:
-                raise LLMPruneError(f"{file.with_name(TENSORS)} is not what {FILE} was written with: make the plan anew.")
+                raise ValueError("the tensors beside it are not those that it was written with")
             tensors = load_tensors(content)
             gates = {name: _gate(name, fact, tensors) for name, fact in facts["gates"].items()}
             return cls(
@@ -263,7 +263,7 @@ class Plan:
         except LLMPruneError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LLMPruneError(f"{file} is damaged ({error!r}): make the plan anew with --method wina.") from error
+            raise LLMPruneError(f"{file} is damaged ({error}): make the plan anew with --method wina.") from error
 
 
 def frobenius(weight_OI: Tensor) -> float:

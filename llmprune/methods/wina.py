@@ -28,6 +28,7 @@ from torch import Tensor
 from ..activation_allocation import Unit, greedy
 from ..activation_plan import DENSE, FILE, TENSORS, Basis, Gate, Plan, Score, frobenius
 from ..checkpoint import reading, write_file
+from ..errors import LLMPruneError
 from ..gating_scores import (
     NEVER_ROTATED,
     RELEASED,
@@ -294,11 +295,14 @@ def restored(output: Output, index: int) -> Plan:
         LLMPruneError: it is damaged or gone.
     """
     text, content = state_files(output, index)
-    with reading(text):
-        text_bytes = text.read_bytes()
-    with reading(content):
-        content_bytes = content.read_bytes()
-    return Plan.from_files(text_bytes, content_bytes, text)
+    try:
+        with reading(text), reading(content):
+            return Plan.from_files(text.read_bytes(), content.read_bytes(), text)
+    except LLMPruneError as error:
+        raise LLMPruneError(
+            f"{text} or the tensors beside it are not what the interrupted run had written (missing or changed): pass "
+            "--overwrite to start afresh."
+        ) from error
 
 
 def state_files(output: Output, index: int) -> dict[Path, str]:
