@@ -310,7 +310,7 @@ class GatedLinear:
             self._count(None)
             return self.dense(inputs)
         x_I = inputs if self.gate.basis is None else handle.in_basis(self.gate.basis, inputs)
-        x_I = x_I.reshape(-1)
+        x_I = x_I.reshape(-1).contiguous()
         if self.tau_I.device != x_I.device:
             self.tau_I = self.tau_I.to(x_I.device)
         self._count(x_I)
