@@ -1,4 +1,4 @@
-"""WINA's calibration: a plan drops what it says, weights stay as they are, and however a run goes its plan has the same bytes."""
+"""WINA's calibration: a plan drops what it says, weights stay as they are, and interruptions change no byte of either."""
 
 import json
 
