@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+import llmprune.kernels.gemv as kernel
+
 from ..errors import LLMPruneError
-from ..kernels import gemv as kernel
 
 Backend = Literal["auto", "dense", "reference", "bag", "cpp", "triton"]
 

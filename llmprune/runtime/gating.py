@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
+import llmprune.kernels.gemv as kernel
+
 from ..activation_plan import Gate, Plan
 from ..errors import LLMPruneError
 from ..gating_scores import rotated
-from ..kernels import gemv as kernel
 from .dispatch import Choice, check_backend, fastest, prefill_on_turned_weights, require, usable
 from .forwards import Activity, Forward, watch
 
