@@ -47,14 +47,14 @@ from .progress import bar
 from .pruning import Say
 from .recipe import Dtype, from_options, sentence
 from .record import Record, read
+from .runtime.dispatch import check_backend
+from .runtime.gating import apply
 from .settings import choose_device
 from .traffic import Probe, Traffic, cache_bytes, device_name, gated_weights_read, last_level_cache, synchronize, weights_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
-
-    from .runtime.gating import Gated
 
 PROMPT, NEW, REPEATS = 128, 32, 5
 NONE = "none"
@@ -134,12 +134,6 @@ class _Entry:
         """The longest sequence that the model takes, where its configuration says so."""
         config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         return next((int(config[key]) for key in LIMITS if config.get(key)), None)
-
-
-def _check_backend(backend: str) -> None:
-    from .runtime.dispatch import check_backend
-
-    check_backend(backend)
 
 
 def _entries(request: Request, say: Say) -> list[_Entry]:
@@ -269,10 +263,10 @@ def _prepare(entry: _Entry, request: Request, prompt: int, device: torch.device,
     """Load a model and let it write once, which warms it up and shows what it reads."""
     notes: list[str] = []
     model = load(entry.directory, device=str(device), dtype=dtype, trust_remote_code=request.trust_remote_code, gated=False)
-    gates = _apply(model, entry.plan, request) if entry.plan else None
+    gates = apply(model, entry.plan, backend=request.backend or "auto") if entry.plan else None
     ids_1T = _prompt(entry.directory, model, prompt, trust_remote_code=request.trust_remote_code)
     if ids_1T is None:
-        notes.append(f"{entry.name} has no tokenizer that fits it: the prompt is of random tokens")
+        notes.append("there is no tokenizer that fits, so the prompt is of random tokens")
         ids_1T = _random_prompt(model, prompt)
     ids_1T = ids_1T.to(device)
     cache, first_11 = _prefill(model, ids_1T)
@@ -288,15 +282,9 @@ def _prepare(entry: _Entry, request: Request, prompt: int, device: torch.device,
         running = {linear.name: linear.backend for linear in gates.report()}
         traffic, active, backend = gated_weights_read(model, gates, activity.active), activity.share, _summary(running.values())
     if any(parameter.ndim > 2 for parameter in model.parameters()):
-        notes.append(f"{entry.name} has weights of more than two dimensions, of which a token may read a part: all are counted")
+        notes.append("some weights have more than two dimensions, of which a token may read a part: all are counted")
     traffic = replace(traffic, cache=context / request.tokens)
     return _Contender(entry, model, ids_1T, first_11, prefilled, traffic, dense.total, active, backend, notes)
-
-
-def _apply(model: PreTrainedModel, plan: Plan, request: Request) -> Gated:
-    from .runtime.gating import apply
-
-    return apply(model, plan, backend=request.backend or "auto")
 
 
 def _summary(backends: Iterable[str]) -> str:
@@ -351,7 +339,7 @@ def bench(request: Request, *, say: Say, quiet: bool) -> list[BenchResult]:
     if request.output:
         earlier(request.output)
     if request.backend:
-        _check_backend(request.backend)
+        check_backend(request.backend)
     where, _ = choose_device(from_options({"model": request.model, "device": request.device}))
     device = torch.device(where)
     entries = _entries(request, say)
@@ -373,7 +361,7 @@ def bench(request: Request, *, say: Say, quiet: bool) -> list[BenchResult]:
         _rounds(contenders, probe, request, advance)
     results = [_result(contender, contenders[0], probe, request, started) for contender in contenders]
     for note in dict.fromkeys(note for result in results for note in result.notes):
-        say(f"warning: {note}.")
+        say(f"warning: {', '.join(result.name for result in results if note in result.notes)}: {note}.")
     if request.output:
         write(results, request.output)
     return results
@@ -410,11 +398,11 @@ def _result(contender: _Contender, first: _Contender, probe: Probe, request: Req
     notes = list(contender.notes)
     if cache_size and in_cache:
         notes.append(
-            f"the weights of {entry.name} ({contender.dense / 2**20:.1f} MiB) fit in the last-level cache "
-            f"({cache_size / 2**20:.0f} MiB), so this is the speed of a cache and says nothing about larger models"
+            f"the weights fit in the last-level cache ({cache_size / 2**20:.0f} MiB), so this is the speed of a cache and says "
+            "nothing about larger models"
         )
     elif decode.middle > floor:
-        notes.append(f"{entry.name} read faster than the bandwidth that was measured: other work disturbed the measurement")
+        notes.append("it was read faster than the bandwidth that was measured: other work disturbed the measurement")
     facts = entry.facts
     return BenchResult(
         time=started,
