@@ -28,7 +28,7 @@ from .harness import DATA, PERPLEXITY, LoadedTask, Seeds, Suite, load_suite, loa
 from .loading import check_model, load
 from .models import Skeleton, load_tokenizer, resolve
 from .output import RECORD, held, write_record
-from .perplexity import check_unchanged, described, identity, measure, numerics
+from .perplexity import check_unchanged, described, gates_of, identity, measure, numerics
 from .pruning import CPU_WINDOWS, Say
 from .recipe import Dtype, from_options, sentence
 from .scores import Scores, difference, keep, kept
@@ -260,18 +260,20 @@ class _Run:
                 device=self.protocol.device,
                 dtype=self.protocol.dtype,
                 trust_remote_code=self.request.trust_remote_code,
+                gated=False,
             )
-            scores = score(
-                model,
-                side.tokenizer,
-                task,
-                limit=self.protocol.limit,
-                fewshot=self.request.fewshot,
-                batch_size=self.settled(task).batch_size,
-                seeds=self.protocol.seeds,
-                label=f"{side.name}, {task.name}, task {number} of {len(tasks)}",
-                quiet=self.quiet,
-            )
+            with gates_of(side.checkpoint.directory, model):
+                scores = score(
+                    model,
+                    side.tokenizer,
+                    task,
+                    limit=self.protocol.limit,
+                    fewshot=self.request.fewshot,
+                    batch_size=self.settled(task).batch_size,
+                    seeds=self.protocol.seeds,
+                    label=f"{side.name}, {task.name}, task {number} of {len(tasks)}",
+                    quiet=self.quiet,
+                )
             _check_finite(side, task, scores)
             check_unchanged(side.checkpoint, side.identity)
             keep(keys[task.name], scores)

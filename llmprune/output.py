@@ -41,6 +41,8 @@ OUTER_BYTES = 5 * 10**8
 REPORT = "report.html"
 # What other commands write about a model; the model card is written again with every run.
 ABOUT = (REPORT, "report/*.png", ".eval_results/llmprune-*.yaml")
+# What some methods write beside the weights: a later model of another method must not be taken to have it.
+BESIDE = ("llmprune_plan.json", "modeling_llmprune.py", "activation_sparsity.*")
 # What makes a checkpoint usable besides its weights. Code is copied only with a model that needs it.
 COPIED = (
     "config.json",
@@ -231,7 +233,7 @@ class Output:
             os.replace(record, marker)
         else:
             marker.touch()
-        ours = (RECIPE, *COPIED, *ABOUT) if marker.stat().st_size else ()
+        ours = (RECIPE, *COPIED, *BESIDE, *ABOUT) if marker.stat().st_size else ()
         for pattern in (
             JOURNAL,
             f"{STATE}/progress*",

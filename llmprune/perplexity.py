@@ -3,6 +3,7 @@
 The papers' protocol: the text's rows joined by a blank line, tokenised once, cut into disjoint windows of `seqlen` tokens;
 the mean over windows of the mean negative log-likelihood of the seqlen - 1 predicted tokens, exponentiated.
 What was measured before comes from the cache, so that a dense model is measured once for all that is pruned from it.
+A model with gates is measured as it decodes: `runtime.gating.simulate`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from . import activation_plan
+from .activation_plan import Plan
 from .calibration import TokenSet
 from .checkpoint import Checkpoint
 from .errors import LLMPruneError
 from .models import Skeleton
 from .output import COPIED, RECORD, read_record
 from .progress import bar
+from .runtime import simulate
 from .scores import Documents, Scores, keep, kept
 from .stream import Stream
 
@@ -36,9 +42,11 @@ def measure(skeleton: Skeleton, text: TokenSet, *, label: str, quiet: bool) -> S
     """A model's token perplexity over all windows and the log-likelihood of each, from the cache if measured before."""
     model = identity(skeleton.checkpoint)
     key = {"model": model, "task": "token perplexity", "tokens": text.sha256, **numerics(skeleton.dtype, skeleton.device)}
+    directory = skeleton.checkpoint.directory
     if scores := kept(key):
         return scores
-    with bar(f"{label}, perplexity", len(skeleton.blocks) + len(text.ids_NT), quiet=quiet) as advance:
+    steps = len(skeleton.blocks) + len(text.ids_NT)
+    with gates_of(directory, skeleton.model), bar(f"{label}, perplexity", steps, quiet=quiet) as advance:
         losses = window_losses(skeleton, text.ids_NT, advance_progress=advance)
     check_unchanged(skeleton.checkpoint, model)
     scores = Scores(
@@ -52,6 +60,12 @@ def measure(skeleton: Skeleton, text: TokenSet, *, label: str, quiet: bool) -> S
     )
     keep(key, scores)
     return scores
+
+
+def gates_of(directory: Path, model: nn.Module) -> AbstractContextManager[object]:
+    """Inside, a model runs with the gates that lie beside its weights, if any, over whole texts as in decoding."""
+    plan = Plan.load(directory)
+    return simulate(model, plan) if plan else nullcontext()
 
 
 def described(text: TokenSet) -> dict[str, object]:
@@ -71,7 +85,7 @@ def identity(checkpoint: Checkpoint) -> str:
     if (directory / RECORD).is_file():
         # The fingerprint samples the weights; the record has the hash of every byte.
         digest.update(json.dumps(read_record(directory)["shards"]).encode())
-    for pattern in (*COPIED, "*.py"):
+    for pattern in (*COPIED, "*.py", activation_plan.FILE):
         for file in sorted(directory.glob(pattern)):
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from . import __version__, allocation, calibration, card, mask_search, methods, sampling, settings, structure
+from . import __version__, allocation, calibration, card, folding, mask_search, methods, sampling, settings, structure
 from .activation_plan import Plan
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
@@ -97,6 +97,8 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     _check_pattern(recipe, skeleton)
     if recipe.structured:
         structure.check(recipe, skeleton)
+    if recipe.form == "folded":
+        folding.check_foldable(skeleton.config)
     warnings = settings.ignored(recipe, method)
     recipe, continued = _continue(recipe, recipe.output or default_output(recipe, source))
     stored = next(iter(skeleton.block_entries(0).values())).dtype
@@ -234,7 +236,8 @@ def _stream_blocks(ready: Prepared, output: Output, tokens: TokenSet | None, ran
         share = ranks.together(lambda: ranks.share(len(tokens.ids_NT), recipe.micro_batch or 1))
         ids_NT, first = tokens.ids_NT[share], share.start
     sparsities = None
-    if tokens and not recipe.structured and recipe.allocation != "uniform":
+    # The others share their budgets themselves.
+    if tokens and recipe.allocation in ("owl", "block-influence", "searched") and not recipe.structured:
         sparsities = _allotted(ready, output, tokens.ids_NT, ids_NT, first, ranks, say, quiet)
     with bar(recipe.method, progress_steps(ready), quiet=quiet) as advance:
         stream = Stream(

@@ -291,6 +291,10 @@ class Recipe(BaseModel):
                 f"--method wina looks at the dense model, which --propagate {self.propagate} --sequential {self.sequential} "
                 "does not: leave them out."
             )
+        if self.form == "folded" and self.score == "wina-released":
+            raise LLMPruneError(
+                "--form folded puts one norm on what q, k and v read, and --score wina-released has one for k alone: give another."
+            )
         if self.form == "folded" and (not self.share or self.basis != "native"):
             raise LLMPruneError(
                 f"--form folded puts one scale on what q, k and v read, and gate and up, which --share {self.share} --basis "

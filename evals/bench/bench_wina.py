@@ -4,8 +4,9 @@
 
 Calibration: 16 samples x 512 tokens of wikitext-2 validation. Evaluation: the first 8 disjoint windows of 512 tokens of
 wikitext-2 test, every linear of every block gated, the first 1 % of a window's tokens dense. `kl` is KL(dense || gated) per
-token in nats. `dropped` is the share of the gated weights that the evaluation's gated tokens did without; `read` is what a token
-reads of the blocks in relation to the dense model, rotations included. One calibration serves all sparsities of a variant.
+token in nats. `dropped` is the share of the gated weights that the evaluation's gated tokens did without; `read` is what a
+token reads of the blocks in relation to the dense model, rotations included. One calibration serves all sparsities of a
+variant.
 """
 
 import csv
@@ -22,7 +23,7 @@ import llmprune
 from llmprune.activation_plan import Plan
 from llmprune.calibration import evaluation_set
 from llmprune.models import load_tokenizer
-from llmprune.runtime.gating import simulate
+from llmprune.runtime import simulate
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 WINDOWS = 8

@@ -12,6 +12,8 @@ Where this parts from the paper and its code: every linear has its norms (the co
 inputs are dropped as they are, since a rotation (`--basis`) costs a dense product for every token, which the paper does not
 count; thresholds instead of the largest k, because sorting takes longer than what is saved.
 
+With `--form folded` norms go into the weights (`folding`), and weights are written that compute the same.
+
 A finished block's part of the plan lies with the run's state, so an interrupted run loses nothing.
 """
 
@@ -26,9 +28,10 @@ import torch
 from torch import Tensor
 
 from ..activation_allocation import Unit, greedy
-from ..activation_plan import DENSE, FILE, TENSORS, Basis, Gate, Plan, Score, frobenius
+from ..activation_plan import DENSE, FILE, TENSORS, Basis, Form, Gate, Plan, Score, frobenius
 from ..checkpoint import reading, write_file
 from ..errors import LLMPruneError
+from ..folding import fold_block, foldable_norms
 from ..gating_scores import (
     NEVER_ROTATED,
     RELEASED,
@@ -67,8 +70,11 @@ def calibrate(stream: Stream, recipe: Recipe) -> Plan:
             basis, compared = settled_basis(samples, recipe)
         samples.capture()
         samples.skip(finished)
+        folded = stream.operate(Folded()) if recipe.form == "folded" else None
         for block in stream.blocks():
             part = replace(block_plan(block, samples, recipe, basis), compared=compared)
+            if folded:
+                part = replace(part, gates=folded.fold(block, part.gates))
             keep(stream, block.index, part)
             parts.append(part)
     return Plan(
@@ -85,6 +91,28 @@ def calibrate(stream: Stream, recipe: Recipe) -> Plan:
         {block: table_SG for part in parts for block, table_SG in part.tables.items()},
         parts[0].compared,
     )
+
+
+class Folded:
+    """Blocks whose norms have gone into their weights, until they are written: a `stream.Cutter` that cuts nothing."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, dict[str, Tensor]] = {}
+
+    def fold(self, block: Block, gates: Mapping[str, Gate]) -> dict[str, Gate]:
+        """Take a block's weights as they are stored; returns the gates of the folded ones."""
+        skeleton = block.stream.skeleton
+        stored = {
+            name: skeleton.checkpoint.read(skeleton.stored_names[name]) for name in skeleton.block_parameters(block.index)
+        }
+        self.blocks[block.index], folded = fold_block(stored, gates, skeleton.config)
+        return folded
+
+    def store(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.blocks.pop(index)
+
+    def restore(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -123,9 +151,13 @@ def bases_of(block: Block, basis: Basis) -> dict[str, Tensor]:
     return found
 
 
-def groups_of(block: Block, bases: Mapping[str, Tensor], *, score: Score, share: bool) -> list[Group]:
+def groups_of(block: Block, bases: Mapping[str, Tensor], *, score: Score, share: bool, form: Form = "sidecar") -> list[Group]:
     """What is gated with one mask each."""
     found = []
+    if form == "folded" and score == "wina":
+        weights_OI = {linear.name: linear.weight_OI for linear in block.linears}
+        norms = foldable_norms(weights_OI, block.stream.skeleton.config)
+        return [Group(readers, norms[readers[0].name], None) for readers in together(block.linears)]
     for readers in together(block.linears):
         basis = readers[0].name if readers[0].name in bases else None
         for linears in [readers] if share else [[linear] for linear in readers]:
@@ -142,7 +174,7 @@ def read_weight(linear: Linear, basis_II: Tensor | None) -> Tensor:
 def block_plan(block: Block, samples: Stream, recipe: Recipe, basis: Basis) -> Plan:
     """Calibrate one block, and take the trial's samples through it."""
     bases = bases_of(block, basis)
-    groups = groups_of(block, bases, score=recipe.score, share=recipe.share)
+    groups = groups_of(block, bases, score=recipe.score, share=recipe.share, form=recipe.form)
     of = {group.name: group for group in groups}
 
     def own(linear: Linear) -> ScoreHistogram:
