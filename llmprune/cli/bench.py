@@ -121,7 +121,7 @@ def _show(results: Sequence[BenchResult]) -> None:
     console = Console()
     if not console.is_terminal:
         # A file is wider than the 80 columns that rich assumes.
-        console.width = 140
+        console.width = 160
     console.print(table)
     threads = f" with {first.threads} threads" if first.device == "cpu" else ""
     for line in (
