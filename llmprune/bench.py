@@ -350,7 +350,7 @@ def bench(request: Request, *, say: Say, quiet: bool) -> list[BenchResult]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     found: dict[_Entry, _Contender] = {}
     dtype: str | None = request.dtype
-    with bar("bench", len(entries) * (request.repeats + 1), quiet=quiet) as advance:
+    with bar("bench", len(entries) * (request.repeats + 1), quiet=quiet, still=True) as advance:
         # The model that was asked about settles the dtype of all.
         for entry in sorted(entries, key=lambda entry: entry.role != "model"):
             found[entry] = _prepare(entry, request, prompt, device, dtype)

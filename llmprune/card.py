@@ -30,7 +30,7 @@ from .errors import LLMPruneError
 from .output import RECIPE
 from .recipe import parse_nm
 from .record import Difference, Estimate, Record, Task, read
-from .tables import budget, count, size, use_of, weights_bytes
+from .tables import SIMULATED, budget, count, size, use_of, weights_bytes
 from .verify import read_record
 
 CARD = "README.md"
@@ -149,6 +149,7 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
         protocol={key: value for key, value in protocol.items() if isinstance(value, str | int | float)},
         recipe=(directory / RECIPE).read_text(encoding="utf-8").strip(),
         use=use_of(record),
+        simulated=SIMULATED,
     )
     return str(ModelCard(text))
 

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A bar with count, elapsed and remaining time. Yields a function to call with each finished item's name."""
+def bar(description: str, total: int, *, quiet: bool = False, still: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar with count, elapsed and remaining time. Yields a function to call with each finished item's name.
+
+    A `still` bar moves with finished items only: nothing draws in a thread beside what is being timed.
+    """
     hidden = quiet or not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0
     if hidden:
         yield lambda name: None
@@ -35,6 +38,6 @@ def bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Callab
         TimeRemainingColumn(),
         TextColumn("{task.fields[latest]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=not still) as progress:
         task = progress.add_task(description, total=total, latest="")
-        yield lambda name: progress.update(task, advance=1, latest=name)
+        yield lambda name: progress.update(task, advance=1, latest=name, refresh=still)

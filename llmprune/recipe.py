@@ -293,7 +293,7 @@ class Recipe(BaseModel):
             )
         if self.form == "folded" and self.score == "wina-released":
             raise LLMPruneError(
-                "--form folded puts one norm on what q, k and v read, and --score wina-released has one for k alone: give another."
+                "--form folded puts one norm on what q, k and v read, and --score wina-released has one for k: give another."
             )
         if self.form == "folded" and (not self.share or self.basis != "native"):
             raise LLMPruneError(

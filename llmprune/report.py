@@ -28,7 +28,7 @@ from .output import REPORT
 from .pictures import Picture, render
 from .record import Evaluation, Record, Task, read
 from .statistics import SplitHessian
-from .tables import count, size, use_of, weights_bytes
+from .tables import SIMULATED, count, size, use_of, weights_bytes
 from .verify import block_of
 
 # All that a page may hold: an earlier page's are removed.
@@ -112,6 +112,7 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
         dense_bytes=dense_bytes,
         dense_size="" if dense_bytes is None else "same as dense" if not record.kept else f"dense {size(dense_bytes)}",
         use=use_of(record),
+        simulated=SIMULATED,
         perplexities=perplexities(record),
         tasks=evaluation.tasks if evaluation else {},
         protocol=_flat(evaluation.protocol) if evaluation else {},

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .pruning import Prepared, Result
 
 
+# How a gated model's perplexity and tasks are measured.
+SIMULATED = "inputs are left out as in decoding, but for the first 1 % of a text's tokens"
+
+
 def show(result: Result) -> None:
     """The summary table of a finished run, and one honest line on what it is good for."""
     record = result.record
@@ -51,7 +55,8 @@ def show(result: Result) -> None:
     console = Console()
     console.print(table)
     if text:
-        console.print(f"{text['protocol']}, of {text['text']}", highlight=False, soft_wrap=True)
+        gates = f"; {SIMULATED}" if shown.gating else ""
+        console.print(f"{text['protocol']}, of {text['text']}{gates}", highlight=False, soft_wrap=True)
     console.print(use_of(shown), highlight=False, soft_wrap=True)
     console.print(f"model: {Path(result.directory)}", highlight=False, soft_wrap=True)
 
