@@ -2,7 +2,7 @@
 
     LLMPRUNE_DATA=... python evals/bench/bench_wina.py [VARIANT ...]
 
-Calibration: 16 samples x 512 tokens of wikitext-2 validation. Evaluation: the first 8 disjoint windows of 512 tokens of
+Calibration: 16 samples x 512 tokens of wikitext-2 validation. Evaluation: the first 6 disjoint windows of 512 tokens of
 wikitext-2 test, every linear of every block gated, the first 1 % of a window's tokens dense. `kl` is KL(dense || gated) per
 token in nats. `dropped` is the share of the gated weights that the evaluation's gated tokens did without; `read` is what a
 token reads of the blocks in relation to the dense model, rotations included. One calibration serves all sparsities of a
@@ -26,7 +26,7 @@ from llmprune.models import load_tokenizer
 from llmprune.runtime import simulate
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
-WINDOWS = 8
+WINDOWS = 6
 VARIANTS: dict[str, dict[str, object]] = {
     **{f"teal-{name}": {"score": "teal", "allocation": name} for name in ("uniform", "closed-form", "greedy")},
     **{f"wina-{name}": {"allocation": name} for name in ("uniform", "closed-form", "greedy")},
