@@ -6,9 +6,10 @@ import resource
 import shutil
 import struct
 
+import forked
 import pytest
 import torch
-from in_process import llmprune
+from in_process import Outcome, llmprune
 from safetensors.torch import load_file, save_file
 from tiny import LIMIT, build
 from transformers import AutoModelForCausalLM
@@ -557,24 +558,22 @@ def test_json_is_all_that_a_process_prints(pristine, tmp_path, run_cli):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_quiet_prints_nothing_at_all(pristine, tmp_path, run_cli):
+def test_quiet_prints_nothing_at_all(pristine, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Some words to calibrate on, and to measure. " * 40)
-    result = run_cli(
-        *("prune", "--model", pristine, "--output", tmp_path / "out", "--quiet", "--device", "cpu"),
+    process = forked.python(
+        *("-m", "llmprune", "prune", "--model", pristine, "--output", tmp_path / "out", "--quiet", "--device", "cpu"),
         *("--calibration", text, "--evaluate", text, "--samples", "2", "--seqlen", "8"),
-        env=ONE_THREAD,
     )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (*process.communicate(timeout=600), process.returncode) == ("", "", 0)
     assert looks_like_a_model(tmp_path / "out")
 
 
-def test_a_process_reports_an_error_as_the_function_does(model, tmp_path, run_cli):
+def test_a_process_reports_an_error_as_the_function_does(model, tmp_path):
     cut(model)
-    result = run_cli("prune", *QUICK, "--model", model, "--output", tmp_path / "out")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    process = forked.python("-m", "llmprune", "prune", *QUICK, "--model", model, "--output", tmp_path / "out")
+    out, err = process.communicate(timeout=600)
+    assert_refused(Outcome(process.returncode, out, err), "model.safetensors")
     assert not (tmp_path / "out").exists()
 
 
@@ -599,6 +598,6 @@ def test_help_takes_less_than_half_a_second(run_cli):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The processor's time, since the wall clock also measures who else is using this machine, and the least of many, since
-    # another process in the same caches slows this one.
-    assert min(processor_seconds() for _ in range(20)) < 0.5
+    # The processor's time, since the wall clock also measures who else is using this machine, and one of many, since another
+    # process in the same caches slows this one. Importing torch alone takes several times as long.
+    assert any(processor_seconds() < 0.5 for _ in range(50))
