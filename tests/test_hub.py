@@ -192,14 +192,22 @@ def test_a_smaller_model_loads_from_the_hub_by_its_own_code_and_by_ours(
     smaller: Path, hub: HubServer, push: Push, run_python: Callable[..., str], tmp_path: Path
 ) -> None:
     push(smaller, NAME)
+    by_code, by_ours = (
+        LOAD.replace('tiny").eval', 'tiny", trust_remote_code=True).eval'),
+        LOAD.replace("import sys,", "import llmprune,"),
+    )
+    targets = [tmp_path / "code.pt", tmp_path / "ours.pt"]
+    code = "\n".join(
+        [
+            by_code.replace("sys.argv[1]", repr(str(targets[0]))),
+            'assert "llmprune" not in sys.modules and type(model).__module__.startswith("transformers_modules.")',
+            by_ours.replace("sys.argv[1]", repr(str(targets[1]))),
+            'assert type(model).__module__ == "llmprune.modeling_llmprune"',
+        ]
+    )
+    run_python(code, env={**hub.env, "HF_HOME": str(tmp_path / "home")})
     local = llmprune.load(smaller)
-    for name, change in (
-        ("code", ('tiny").eval', 'tiny", trust_remote_code=True).eval')),
-        ("ours", ("import sys,", "import llmprune,")),
-    ):
-        target = tmp_path / f"{name}.pt"
-        code = LOAD.replace(*change).replace("sys.argv[1]", repr(str(target)))
-        run_python(code, env={**hub.env, "HF_HOME": str(tmp_path / name)})
+    for target in targets:
         loaded = torch.load(target)
         assert torch.equal(local(loaded["ids"]).logits, loaded["logits"])
 

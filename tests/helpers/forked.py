@@ -76,12 +76,15 @@ def python(*args: str | Path, env: Mapping[str, str] | None = None) -> Forked:
     return Forked([str(arg) for arg in args], env or {})
 
 
-def ranks(*arguments: Sequence[str | Path]) -> tuple[list[int | None], str]:
-    """Run `llmprune ARGUMENTS` as the ranks of one run, as a launcher would; returns exit statuses and all of stderr."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(arguments))}
+        return int(probe.getsockname()[1])
+
+
+def ranks(*arguments: Sequence[str | Path]) -> tuple[list[int | None], str]:
+    """Run `llmprune ARGUMENTS` as the ranks of one run, as a launcher would; returns exit statuses and all of stderr."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(arguments))}
     started = [
         python("-m", "llmprune", *each, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank, each in enumerate(arguments)
