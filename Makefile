@@ -24,7 +24,7 @@ demo: venv
 	$(PYTHON) evals/demo.py
 
 test: venv
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-crash: venv
 	LLMPRUNE_KILLS=50 $(PYTHON) -m pytest tests/test_survival.py -k killed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -21,13 +22,21 @@ MARKER_OF_FIXTURE = {"data_dir": "needs_data", "smollm2": "real_model"}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the fixtures they use, and put the slow ones last: a broken unit shows in seconds."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use, and put the slow ones last: a broken unit shows in seconds.
+
+    Among several workers, who take a file at a time, the files with the most slow tests come first: no worker is left alone
+    with one in the end.
+    """
     for item in items:
         for fixture, marker in MARKER_OF_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
-    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in ("slow", "real_model")))
+    slow = {item: any(item.get_closest_marker(name) for name in ("slow", "real_model")) for item in items}
+    items.sort(key=lambda item: slow[item])
+    if hasattr(config, "workerinput"):
+        slow_tests = Counter(item.path for item in items if slow[item])
+        items.sort(key=lambda item: -slow_tests[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
