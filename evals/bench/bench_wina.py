@@ -2,7 +2,7 @@
 
     LLMPRUNE_DATA=... python evals/bench/bench_wina.py [VARIANT ...]
 
-Calibration: 16 samples x 512 tokens of wikitext-2 validation. Evaluation: the first 6 disjoint windows of 512 tokens of
+Calibration: 16 samples x 512 tokens of wikitext-2 validation. Evaluation: the first 4 disjoint windows of 512 tokens of
 wikitext-2 test, every linear of every block gated, the first 1 % of a window's tokens dense. `kl` is KL(dense || gated) per
 token in nats. `dropped` is the share of the gated weights that the evaluation's gated tokens did without; `read` is what a
 token reads of the blocks in relation to the dense model, rotations included. One calibration serves all sparsities of a
@@ -13,6 +13,7 @@ import csv
 import math
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,13 +27,16 @@ from llmprune.models import load_tokenizer
 from llmprune.runtime import simulate
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
-WINDOWS = 6
+WINDOWS = 4
+# Calibrations; one that is not greedy serves the uniform allocation as well.
 VARIANTS: dict[str, dict[str, object]] = {
-    **{f"teal-{name}": {"score": "teal", "allocation": name} for name in ("uniform", "closed-form", "greedy")},
-    **{f"wina-{name}": {"allocation": name} for name in ("uniform", "closed-form", "greedy")},
-    "wina-shared": {"allocation": "closed-form", "share": True},
-    "wina-released": {"score": "wina-released", "basis": "kgate", "allocation": "uniform"},
-    "wina-stacked": {"basis": "stacked", "allocation": "closed-form"},
+    "teal": {"score": "teal"},
+    "wina": {},
+    "wina-released": {"score": "wina-released", "basis": "kgate"},
+    "wina-stacked": {"basis": "stacked"},
+    "wina-shared": {"share": True},
+    "teal-greedy": {"score": "teal", "allocation": "greedy"},
+    "wina-greedy": {"allocation": "greedy"},
 }
 
 
@@ -43,9 +47,10 @@ def main() -> None:
     windows_NT = evaluation_set(text, load_tokenizer(directory), seqlen=512, windows=WINDOWS).ids_NT
     file = RESULTS / "wina.csv"
     lines = file.read_text().splitlines() if file.exists() else []
-    rows: dict[tuple[str, str], dict[str, object]] = {(r["variant"], r["sparsity"]): dict(r) for r in csv.DictReader(lines)}
+    rows: dict[tuple[str, str, str], dict[str, object]] = {
+        (row["variant"], row["allocation"], row["sparsity"]): dict(row) for row in csv.DictReader(lines)
+    }
     model = llmprune.load(directory, device="cpu", dtype="float32")
-    plans: dict[tuple[str, str], tuple[Plan, float]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder, timed() as timer:
             llmprune.prune(
@@ -60,41 +65,56 @@ def main() -> None:
             )
             plan = Plan.load(Path(folder) / "out")
         assert plan
-        print(f"{name}: calibrated in {timer.wall:.1f} s", flush=True)
-        for sparsity in SPARSITIES:
-            plans[name, str(sparsity)] = plan.at(sparsity), round(timer.wall, 1)
-    sums = {key: [0.0, 0.0, 0.0] for key in plans}
-    dense_loss = 0.0
-    with torch.inference_mode():
-        for window_T in windows_NT:
-            labels_T = window_T[1:]
-            dense_TV = log_softmax(model(window_T[None]).logits[0, :-1], dim=-1)
-            dense_loss += float(-dense_TV.gather(1, labels_T[:, None]).double().mean())
-            for key, (plan, _) in plans.items():
-                with simulate(model, plan) as gated:
-                    logits_TV = model(window_T[None]).logits[0, :-1]
-                gated_TV = log_softmax(logits_TV, dim=-1)
-                divergence = kl_div(gated_TV, dense_TV, reduction="sum", log_target=True) / len(labels_T)
-                active = sum(gated.active[each.name] * each.numel for each in plan.gates.values())
-                parts = float(divergence), float(cross_entropy(logits_TV, labels_T)), active
-                sums[key] = [total + part for total, part in zip(sums[key], parts, strict=True)]
-            print(f"window {window_T[0]}", flush=True)
-    gated_weights = sum(gate.numel for gate in plan.gates.values())
-    rows["dense", "0"] = {"variant": "dense", "sparsity": "0", "kl": 0, "perplexity": round(math.exp(dense_loss / WINDOWS), 3)}
-    for (name, sparsity), (divergence, loss, active) in sums.items():
-        plan, seconds = plans[name, sparsity]
-        extra = sum(basis_II.numel() for basis_II in plan.bases.values())
-        rows[name, sparsity] = {
-            "variant": name,
-            "sparsity": sparsity,
-            "kl": round(divergence / WINDOWS, 4),
-            "perplexity": round(math.exp(loss / WINDOWS), 3),
-            "dropped": round(1 - active / WINDOWS / gated_weights, 4),
-            "read": round((active / WINDOWS + extra) / gated_weights, 4),
-            "calibration_s": seconds,
+        allocations = [plan.allocation, *(["uniform"] if plan.allocation != "greedy" else [])]
+        plans = {
+            (allocation, str(sparsity)): replace(plan, allocation=allocation).at(sparsity)
+            for allocation in allocations
+            for sparsity in SPARSITIES
         }
-    columns = dict.fromkeys(key for row in rows.values() for key in row)
-    save("wina", [columns | row for row in rows.values()])
+        sums, dense_loss = measured(model, plans, windows_NT)
+        rows["dense", "", "0"] = {
+            "variant": "dense",
+            "allocation": "",
+            "sparsity": "0",
+            "kl": 0,
+            "perplexity": round(math.exp(dense_loss), 3),
+        }
+        weights = sum(gate.numel for gate in plan.gates.values())
+        extra = sum(basis_II.numel() for basis_II in plan.bases.values())
+        for (allocation, sparsity), (divergence, loss, active) in sums.items():
+            rows[name, allocation, sparsity] = {
+                "variant": name,
+                "allocation": allocation,
+                "sparsity": sparsity,
+                "kl": round(divergence, 4),
+                "perplexity": round(math.exp(loss), 3),
+                "dropped": round(1 - active / weights, 4),
+                "read": round((active + extra) / weights, 4),
+                "calibration_cpu_s": round(timer.cpu, 1),
+            }
+        columns = dict.fromkeys(key for row in rows.values() for key in row)
+        save("wina", [columns | row for row in rows.values()])
+
+
+@torch.inference_mode()
+def measured(
+    model: torch.nn.Module, plans: dict[tuple[str, str], Plan], windows_NT: torch.Tensor
+) -> tuple[dict[tuple[str, str], tuple[float, ...]], float]:
+    """Of every plan the divergence from the dense model, the loss and the weights read, and the dense model's loss."""
+    sums = {key: (0.0, 0.0, 0.0) for key in plans}
+    dense_loss = 0.0
+    for window_T in windows_NT:
+        labels_T = window_T[1:]
+        dense_TV = log_softmax(model(window_T[None]).logits[0, :-1], dim=-1)
+        dense_loss += float(cross_entropy(dense_TV, labels_T)) / len(windows_NT)
+        for key, plan in plans.items():
+            with simulate(model, plan) as gated:
+                gated_TV = log_softmax(model(window_T[None]).logits[0, :-1], dim=-1)
+            divergence = float(kl_div(gated_TV, dense_TV, reduction="sum", log_target=True)) / len(labels_T)
+            active = sum(gated.active[each.name] * each.numel for each in plan.gates.values())
+            parts = divergence, float(cross_entropy(gated_TV, labels_T)), active
+            sums[key] = tuple(total + part / len(windows_NT) for total, part in zip(sums[key], parts, strict=True))
+    return sums, dense_loss
 
 
 if __name__ == "__main__":
