@@ -101,7 +101,7 @@ def measured(
     model: torch.nn.Module, plans: dict[tuple[str, str], Plan], windows_NT: torch.Tensor
 ) -> tuple[dict[tuple[str, str], tuple[float, ...]], float]:
     """Of every plan the divergence from the dense model, the loss and the weights read, and the dense model's loss."""
-    sums = {key: (0.0, 0.0, 0.0) for key in plans}
+    sums = dict.fromkeys(plans, (0.0, 0.0, 0.0))
     dense_loss = 0.0
     for window_T in windows_NT:
         labels_T = window_T[1:]
