@@ -1,6 +1,6 @@
 """Decoding of a 1B-shaped random Llama with half of every linear's inputs left out: `llmprune bench` beside its own bounds.
 
-    python evals/bench/bench_gated_decode.py [--dtype bfloat16]
+    python evals/bench/bench_gated_decode.py [--dtype bfloat16] [ROW ...]
 
 16 blocks, hidden 2048, FFN 8192, 32 heads in 8 KV groups, a vocabulary of 32k: what Llama 3.2 1B is but for the vocabulary, so
 that the head is a twelfth of the weights. Random weights: how many inputs are left out is real, what is written is not. Rows:
@@ -21,9 +21,13 @@ import llmprune
 from llmprune.bench import bench, request
 
 
+ROWS = {"wina-50": ("wina", 0.5), "teal-50": ("teal", 0.5), "wina-0": ("wina", 0.0)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("rows", nargs="*", default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--tokens", default="16")
     parser.add_argument("--repeats", default="5")
     options = parser.parse_args()
@@ -33,7 +37,8 @@ def main() -> None:
         dense = Path(folder) / "dense"
         dtype = getattr(torch, options.dtype)
         write(dense, blocks=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, dtype=dtype)
-        for name, score, sparsity in (("wina-50", "wina", 0.5), ("teal-50", "teal", 0.5), ("wina-0", "wina", 0.0)):
+        for name in options.rows:
+            score, sparsity = ROWS[name]
             out = Path(folder) / name
             llmprune.prune(
                 str(dense),
