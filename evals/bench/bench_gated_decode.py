@@ -20,7 +20,6 @@ from random_llama import write
 import llmprune
 from llmprune.bench import bench, request
 
-
 ROWS = {"wina-50": ("wina", 0.5), "teal-50": ("teal", 0.5), "wina-0": ("wina", 0.0)}
 
 
