@@ -10,7 +10,7 @@ is given as [I, O].
 
 Backends, each equal to `reference` up to rounding and each with the same bits whenever it runs:
 
-- `cpp`: gemv.cpp, float32 and bfloat16 on the CPU.
+- `cpp`: gemv.cpp on the CPU; float16 where the processor converts it.
 - `bag`: `torch.nn.functional.embedding_bag`, whose table is the weight and whose bag is what is kept. Needs no compiler.
 - `triton`: gemv_triton.py, on CUDA, or in Triton's interpreter.
 
@@ -31,8 +31,8 @@ from torch.nn.functional import embedding_bag
 from . import native
 from .availability import backends as compute_backends
 
-CPP = {torch.float32: "gemv_float32", torch.bfloat16: "gemv_bfloat16"}
-HALF = (torch.float32, torch.bfloat16, torch.float16)
+# What every backend computes, by the name of the C++ function.
+DTYPES = {torch.float32: "gemv_float32", torch.bfloat16: "gemv_bfloat16", torch.float16: "gemv_float16"}
 
 
 def reference(x_BI: Tensor, weight_OI: Tensor, tau_I: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -74,19 +74,8 @@ def gemv(
         ValueError: a shape, dtype or memory layout that no kernel takes, or a backend that cannot run here.
     """
     if backend == "auto":
-        usable = [name for name, state in backends(x_I.device, x_I.dtype).items() if state.startswith("available")]
-        if not usable:
-            raise ValueError(f"No backend computes {x_I.dtype} on {x_I.device}.")
-        backend = usable[0]
-    inputs = len(weight_IO)
-    if x_I.shape != (inputs,) or (tau_I is not None and tau_I.shape != (inputs,)):
-        raise ValueError(f"x {list(x_I.shape)} and tau are to be [{inputs}] for a weight of shape {list(weight_IO.shape)}.")
-    if not (weight_IO.is_contiguous() and x_I.is_contiguous()):
-        raise ValueError("The weight is to be contiguous as [inputs, outputs], and so is x.")
-    if not (x_I.dtype == weight_IO.dtype and (bias_O is None or bias_O.dtype == x_I.dtype)):
-        raise ValueError(f"x is {x_I.dtype}, the weight {weight_IO.dtype}: they are to be of one dtype, and so is the bias.")
-    if tau_I is not None and (tau_I.dtype != torch.float32 or not tau_I.is_contiguous()):
-        raise ValueError(f"tau is {tau_I.dtype}, and is to be contiguous float32.")
+        backend = _fastest(x_I.device.type, x_I.dtype)
+    _check(x_I, weight_IO, tau_I, bias_O)
     if backend == "cpp":
         return _cpp(x_I, weight_IO, tau_I, bias_O)
     if tau_I is None:
@@ -103,20 +92,21 @@ def gemv(
 def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The backends for tensors of this kind, the fastest first: "available: ..." or "unavailable: ..." with the reason."""
     device = torch.device(device)
-    half = f"unavailable: it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    found = {}
+    names = ("cpp", "bag", "triton") if device.type == "cpu" else ("triton", "cpp", "bag")
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return dict.fromkeys(names, f"unavailable: it computes float32, bfloat16 and float16, not {name}")
+    elsewhere = f"unavailable: the tensors are on {device.type}"
+    found = dict.fromkeys(names, elsewhere)
     triton = compute_backends()["triton"]
-    if device.type != "cuda" and "interpreter" not in triton:
-        triton = f"unavailable: the tensors are on {device.type}"
-    found["triton"] = triton if dtype in HALF else half
-    if device.type != "cpu":
-        found["cpp"] = found["bag"] = f"unavailable: the tensors are on {device.type}"
-        return found
-    missing = "it computes float32 and bfloat16" if dtype not in CPP else native.reason("gemv")
-    found["cpp"] = f"unavailable: {missing}" if missing else "available: C++, compiled for this processor"
-    found["bag"] = "available: torch's embedding_bag" if dtype in HALF else half
-    # The interpreter is there for tests.
-    return {name: found[name] for name in ("cpp", "bag", "triton")}
+    if device.type == "cuda" or "interpreter" in triton:
+        found["triton"] = triton
+    if device.type == "cpu":
+        function = _function(dtype)
+        usable = "available: C++, compiled for this processor"
+        found["cpp"] = f"unavailable: {function}" if isinstance(function, str) else usable
+        found["bag"] = "available: torch's embedding_bag"
+    return found
 
 
 def bytes_read(shape_IO: tuple[int, int], dtype: torch.dtype, kept: float) -> int:
@@ -125,12 +115,41 @@ def bytes_read(shape_IO: tuple[int, int], dtype: torch.dtype, kept: float) -> in
     return round(kept * inputs) * outputs * dtype.itemsize + inputs * (dtype.itemsize + 4)
 
 
+def _check(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor | None, bias_O: Tensor | None) -> None:
+    """Raise `ValueError` for what a kernel, which gets addresses and two sizes, would read wrongly or beyond the end."""
+    inputs, outputs = weight_IO.shape if weight_IO.ndim == 2 else (-1, -1)
+    if x_I.shape != (inputs,) or (tau_I is not None and tau_I.shape != (inputs,)):
+        raise ValueError(f"x {list(x_I.shape)} and tau are to be [I] for a weight [I, O], which is {list(weight_IO.shape)}.")
+    if bias_O is not None and bias_O.shape != (outputs,):
+        raise ValueError(f"The bias is {list(bias_O.shape)}, and is to be [{outputs}].")
+    device, dtype = x_I.device, x_I.dtype
+    for each in (x_I, weight_IO, tau_I, bias_O):
+        if each is None:
+            continue
+        if not each.is_contiguous():
+            raise ValueError("The weight is to be contiguous as [inputs, outputs], and so are x, tau and the bias.")
+        if each.device != device:
+            raise ValueError(f"x is on {device}, and the weight, tau and the bias are to be on the same device.")
+        if each.dtype != (torch.float32 if each is tau_I else dtype):
+            raise ValueError(f"x is {dtype}: the weight and the bias are to be of one dtype with it, and tau is to be float32.")
+
+
+@functools.cache
+def _fastest(device: str, dtype: torch.dtype) -> str:
+    """The first of the backends that are available."""
+    for name, state in backends(torch.device(device), dtype).items():
+        if state.startswith("available"):
+            return name
+    raise ValueError(f"No backend computes {dtype} on {device}.")
+
+
 def _cpp(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor | None, bias_O: Tensor | None) -> Tensor:
-    if x_I.dtype not in CPP or x_I.device.type != "cpu":
-        raise ValueError(f"Backend 'cpp' computes float32 and bfloat16 on the CPU, not {x_I.dtype} on {x_I.device}.")
+    function = _function(x_I.dtype) if x_I.is_cpu else f"the tensors are on {x_I.device.type}"
+    if isinstance(function, str):
+        raise ValueError(f"Backend 'cpp' cannot run: {function}.")
     inputs, outputs = weight_IO.shape
     y_O = torch.empty(outputs, dtype=x_I.dtype)
-    _function(x_I.dtype)(
+    function(
         x_I.data_ptr(),
         weight_IO.data_ptr(),
         None if tau_I is None else tau_I.data_ptr(),
@@ -144,11 +163,16 @@ def _cpp(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor | None, bias_O: Tensor | 
 
 
 @functools.cache
-def _function(dtype: torch.dtype) -> Callable[..., None]:
+def _function(dtype: torch.dtype) -> Callable[..., None] | str:
+    """The C++ function for a dtype, or why there is none."""
+    if dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     library = native.library("gemv")
     if isinstance(library, str):
-        raise ValueError(f"Backend 'cpp' cannot run: {library}.")
-    function = getattr(library, CPP[dtype])
+        return library
+    function = getattr(library, DTYPES[dtype], None)
+    if function is None:
+        return "this processor does not convert float16"
     function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 2 + [ctypes.c_int]
     function.restype = None
     return cast("Callable[..., None]", function)

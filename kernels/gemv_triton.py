@@ -75,10 +75,12 @@ def gemv(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor, bias_O: Tensor | None = 
     share = triton.cdiv(steps, splits) * BLOCK_I
     sums_SO = torch.empty((splits, outputs), dtype=torch.float32, device=x_I.device)
     y_O = torch.empty(outputs, dtype=x_I.dtype, device=x_I.device)
-    partial[(blocks, splits)](
-        x_I, weight_IO, tau_I, sums_SO, inputs, outputs, share, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, num_warps=WARPS
-    )
-    combine[(blocks,)](
-        sums_SO, y_O if bias_O is None else bias_O, y_O, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O
-    )
+    # Triton launches on torch's current device, which need not be the tensors'.
+    with torch.cuda.device_of(x_I):
+        partial[(blocks, splits)](
+            x_I, weight_IO, tau_I, sums_SO, inputs, outputs, share, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, num_warps=WARPS
+        )
+        combine[(blocks,)](
+            sums_SO, y_O if bias_O is None else bias_O, y_O, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O
+        )
     return y_O

@@ -37,7 +37,8 @@ def library(name: str) -> ctypes.CDLL | str:
             return ctypes.CDLL(str(_built(name, compiler, parallel)))
         except subprocess.CalledProcessError as error:
             reason = f"{compiler} does not compile {name}.cpp: {_last_line(error.stderr)}"
-        except (OSError, subprocess.TimeoutExpired) as error:
+        # RuntimeError: there is no home directory to cache it in.
+        except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             reason = f"{name}.cpp could not be built or loaded: {error}"
     return reason
 
