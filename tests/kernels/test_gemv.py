@@ -135,7 +135,8 @@ def test_the_nearest_number_is_returned_for_every_weight_of_16_bits(backend, dty
     if not backends(CPU, dtype)[backend].startswith("available"):
         pytest.skip(backends(CPU, dtype)[backend])
     weight_IO = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
-    for x in (1.0, 0.7):
+    # With 1.5 many products lie half-way between two numbers.
+    for x in (1.0, 0.7, 1.5):
         x_I = torch.tensor([x], dtype=dtype)
         y_O = gemv(x_I, weight_IO, torch.zeros(1), backend=backend)
         expected_O = (weight_IO[0].float() * x_I.float()).to(dtype)
