@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from . import __version__
@@ -41,16 +41,16 @@ from .checkpoint import Checkpoint
 from .errors import LLMPruneError
 from .gguf import embedded_smollm2
 from .loading import check_model, load
-from .models import ALIASES, EMBEDDED, load_tokenizer, resolve
+from .models import ALIASES, EMBEDDED, LENGTH_KEYS, load_tokenizer, resolve
 from .output import RECORD
 from .progress import bar
 from .pruning import Say
-from .recipe import Dtype, from_options, sentence
+from .recipe import Dtype, from_options, validated
 from .record import Record, read
-from .runtime.dispatch import check_backend
+from .runtime.dispatch import check_backend, synchronize
 from .runtime.gating import apply
 from .settings import choose_device
-from .traffic import Probe, Traffic, cache_bytes, device_name, gated_weights_read, last_level_cache, synchronize, weights_read
+from .traffic import Probe, Traffic, cache_bytes, device_name, gated_weights_read, last_level_cache, weights_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,6 @@ TEXT = (
 )
 # Processor time over time below which the machine was not ours; several threads make it more than 1.
 ALONE = 0.9
-LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 
 class Request(BaseModel):
@@ -105,10 +104,7 @@ def request(**options: object) -> Request:
     Raises:
         LLMPruneError: a value that is not allowed.
     """
-    try:
-        return Request.model_validate({key: value for key, value in options.items() if value is not None})
-    except ValidationError as error:
-        raise LLMPruneError(sentence(error)) from error
+    return validated(Request, options)
 
 
 # Who takes part.
@@ -133,7 +129,7 @@ class _Entry:
     def longest(self) -> int | None:
         """The longest sequence that the model takes, where its configuration says so."""
         config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-        return next((int(config[key]) for key in LIMITS if config.get(key)), None)
+        return next((int(config[key]) for key in LENGTH_KEYS if config.get(key)), None)
 
 
 def _entries(request: Request, say: Say) -> list[_Entry]:

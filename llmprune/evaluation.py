@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from . import __version__, calibration, card
 from .calibration import TokenSet
@@ -30,7 +30,7 @@ from .models import Skeleton, load_tokenizer, resolve
 from .output import RECORD, held, write_record
 from .perplexity import check_unchanged, described, gates_of, identity, measure, numerics
 from .pruning import CPU_WINDOWS, Say
-from .recipe import Dtype, from_options, sentence
+from .recipe import Dtype, from_options, validated
 from .scores import Scores, difference, keep, kept
 from .settings import CPU_SEQLEN, PAPER_SEQLEN, choose_device
 from .verify import read_record
@@ -70,10 +70,7 @@ def request(**options: object) -> Request:
     Raises:
         LLMPruneError: a value that is not allowed.
     """
-    try:
-        return Request.model_validate({key: value for key, value in options.items() if value is not None})
-    except ValidationError as error:
-        raise LLMPruneError(sentence(error)) from error
+    return validated(Request, options)
 
 
 @dataclass(frozen=True, eq=False)

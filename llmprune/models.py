@@ -45,6 +45,8 @@ ALIASES = {
     "pythia": "EleutherAI/pythia-160m",
     "gpt2": "openai-community/gpt2",
 }
+# Where configurations say how long a sequence may be.
+LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 EMBEDDED = {"llama", "smollm2"}
 
 
@@ -436,7 +438,7 @@ class Skeleton:
     @property
     def max_tokens(self) -> int | None:
         """The longest sequence the model takes, where its configuration says so."""
-        for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        for key in LENGTH_KEYS:
             if value := getattr(self.config, key, None):
                 return int(value)
         return None

@@ -3,7 +3,7 @@
 The papers' protocol: the text's rows joined by a blank line, tokenised once, cut into disjoint windows of `seqlen` tokens;
 the mean over windows of the mean negative log-likelihood of the seqlen - 1 predicted tokens, exponentiated.
 What was measured before comes from the cache, so that a dense model is measured once for all that is pruned from it.
-A model with gates is measured as it decodes: `runtime.gating.simulate`.
+A model with gates is measured as it decodes: `runtime.simulate`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def measure(skeleton: Skeleton, text: TokenSet, *, label: str, quiet: bool) -> S
     """A model's token perplexity over all windows and the log-likelihood of each, from the cache if measured before."""
     model = identity(skeleton.checkpoint)
     key = {"model": model, "task": "token perplexity", "tokens": text.sha256, **numerics(skeleton.dtype, skeleton.device)}
-    directory = skeleton.checkpoint.directory
     if scores := kept(key):
         return scores
     steps = len(skeleton.blocks) + len(text.ids_NT)
-    with gates_of(directory, skeleton.model), bar(f"{label}, perplexity", steps, quiet=quiet) as advance:
+    gates = gates_of(skeleton.checkpoint.directory, skeleton.model)
+    with gates, bar(f"{label}, perplexity", steps, quiet=quiet) as advance:
         losses = window_losses(skeleton, text.ids_NT, advance_progress=advance)
     check_unchanged(skeleton.checkpoint, model)
     scores = Scores(

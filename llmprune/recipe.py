@@ -6,8 +6,9 @@ Values left out are filled in by `settings.settle`, which gives a reason for eac
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +19,7 @@ from .options import PRESETS, DsnotOptions, IcbsOptions, SearchOptions
 if TYPE_CHECKING:
     from .patterns import Pattern
 
+M = TypeVar("M", bound=BaseModel)
 Dtype = Literal["float32", "bfloat16", "float16"]
 Group = Literal["row", "layer"]
 
@@ -451,6 +453,18 @@ def from_options(options: dict[str, object], file: Path | None = None) -> Recipe
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise LLMPruneError(sentence(error, file)) from error
+
+
+def validated(kind: type[M], options: Mapping[str, object]) -> M:
+    """Options that may be text, as from a command line, as a model; None is an option not given.
+
+    Raises:
+        LLMPruneError: a value that is not allowed.
+    """
+    try:
+        return kind.model_validate({key: value for key, value in options.items() if value is not None})
+    except ValidationError as error:
+        raise LLMPruneError(sentence(error)) from error
 
 
 def sentence(error: ValidationError, file: Path | None = None) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from . import calibration, card, corpus
@@ -36,7 +36,7 @@ from .models import Skeleton, load_tokenizer, resolve
 from .options import Role
 from .output import RECIPE, Output, check_directory, check_space, settled_recipe
 from .pruning import Result, peak_rss, versions
-from .recipe import from_options, sentence
+from .recipe import from_options, validated
 from .sampling import sample_from_model
 from .settings import CPU_SEQLEN, PAPER_SEQLEN, choose_device, choose_dtype
 from .training import HOLDOUT, LOOKS, MICRO_TOKENS, Trainer
@@ -136,10 +136,7 @@ def request(**options: object) -> Options:
         raise LLMPruneError(f"Unknown option {unknown[0]!r}: known are {', '.join(Options.model_fields)}.")
     if "steps" in given and "minutes" in given:
         raise LLMPruneError("Both --steps and --minutes say how long to train: give one of them.")
-    try:
-        return Options.model_validate(given)
-    except ValidationError as error:
-        raise LLMPruneError(sentence(error)) from error
+    return validated(Options, given)
 
 
 def run(directory: Path, options: Options, *, say: Say, quiet: bool) -> Result:

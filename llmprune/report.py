@@ -176,8 +176,12 @@ class Grid:
 def sparsity_grid(record: Record) -> Grid:
     """Fraction of zeros, or of inputs left out, per block and role; linears that share both, such as experts, together."""
     if record.gating:
-        gated = {name: linear for name, linear in record.linears.items() if linear.gate_measured is not None}
-        return _grid(record, {name: (linear.gate_measured * linear.size, linear.size) for name, linear in gated.items()})  # type: ignore[operator]
+        left_out = {
+            name: (linear.gate_measured * linear.size, linear.size)
+            for name, linear in record.linears.items()
+            if linear.gate_measured is not None
+        }
+        return _grid(record, left_out)
     return _grid(record, {name: (linear.zeros, linear.size) for name, linear in record.linears.items()})
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .runtime.dispatch import synchronize
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
@@ -87,11 +89,6 @@ def cache_bytes(cache: Cache, model: nn.Module) -> int:
         if index not in absent and isinstance(keys, Tensor) and isinstance(values, Tensor):
             total += keys.nbytes + values.nbytes
     return total
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Probe:

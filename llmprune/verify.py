@@ -47,29 +47,37 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     if problems:
         return problems
     checkpoint = Checkpoint.open(directory)
+    plan, problems = _plan_of(directory, record)
     for name, fact in record["linears"].items():
-        problems += [f"{name}: {problem}" for problem in _check_linear(checkpoint, fact, _recipe_of(name, record))]
+        weight = checkpoint.read(fact["tensor"])
+        weight_OI = weight.T if fact["transposed"] else weight
+        problems += [f"{name}: {problem}" for problem in _check_linear(weight_OI, fact, _recipe_of(name, record))]
+        if plan and name in plan.gates:
+            problems += _check_gate(plan, name, weight_OI)
         advance_progress(name)
     if is_structured(record):
         try:
             problems += _check_structure(directory, record)
         except LLMPruneError as error:
             problems.append(str(error))
-    if record["recipe"]["method"] == "wina":
-        problems += _check_gates(directory, checkpoint, record)
     return problems
 
 
-def _check_gates(directory: Path, checkpoint: Checkpoint, record: dict) -> list[str]:  # type: ignore[type-arg]
-    """Whether the plan beside the weights is theirs."""
+def _plan_of(directory: Path, record: dict) -> tuple[ActivationPlan | None, list[str]]:  # type: ignore[type-arg]
+    """The gates that lie beside the weights, where the method makes some, and what is wrong with them."""
+    if record["recipe"]["method"] != "wina":
+        return None, []
     try:
         plan = ActivationPlan.load(directory)
-        if plan is None:
-            return [f"{activation_plan.FILE} is missing."]
-        for name in plan.gates:
-            fact = record["linears"][name]
-            weight = checkpoint.read(fact["tensor"])
-            plan.check_weight(name, weight.T if fact["transposed"] else weight)
+    except LLMPruneError as error:
+        return None, [str(error)]
+    return plan, [] if plan else [f"{activation_plan.FILE} is missing."]
+
+
+def _check_gate(plan: ActivationPlan, name: str, weight_OI: Tensor) -> list[str]:
+    """Whether a gate was made for this weight."""
+    try:
+        plan.check_weight(name, weight_OI)
     except LLMPruneError as error:
         return [str(error)]
     return []
@@ -110,11 +118,9 @@ def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
     return output.read_record(directory)
 
 
-def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]:  # type: ignore[type-arg]
-    weight = checkpoint.read(fact["tensor"])
-    weight_OI = weight.T if fact["transposed"] else weight
+def _check_linear(weight_OI: Tensor, fact: dict, recipe: dict) -> list[str]:  # type: ignore[type-arg]
     problems = []
-    if not all_finite(weight):
+    if not all_finite(weight_OI):
         problems.append("holds NaN or infinite weights.")
     zero_OI = weight_OI == 0
     if bool((zero_OI & weight_OI.signbit()).any()):
@@ -127,7 +133,7 @@ def _check_linear(checkpoint: Checkpoint, fact: dict, recipe: dict) -> list[str]
     if nm := parse_nm(recipe["pattern"]):
         problems += _check_groups(zero_OI, NM(*nm))
     elif zeros < _least_zeros(weight_OI, recipe):
-        problems.append(f"is {zeros / weight.numel():.2%} sparse, less than the recipe's {recipe['sparsity']:.2%}.")
+        problems.append(f"is {zeros / weight_OI.numel():.2%} sparse, less than the recipe's {recipe['sparsity']:.2%}.")
     return problems
 
 

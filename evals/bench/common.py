@@ -2,7 +2,6 @@
 
 import csv
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 
 from llmprune.gguf import embedded_smollm2, to_checkpoint
 from llmprune.pruning import versions
+from llmprune.traffic import device_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,7 +53,7 @@ def save(name: str, rows: list[dict[str, object]]) -> None:
     """Write the rows with the machine and versions, and show them."""
     RESULTS.mkdir(exist_ok=True)
     machine = {
-        "processor": _processor(),
+        "processor": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         **{k: v for k, v in versions().items() if k in ("torch", "transformers")},
     }
@@ -64,12 +64,3 @@ def save(name: str, rows: list[dict[str, object]]) -> None:
         writer.writerows(rows)
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items() if key not in machine))
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
