@@ -205,10 +205,10 @@ def anatomy(config: PretrainedConfig) -> Anatomy:
 
 
 def _linears(family: str, config: PretrainedConfig) -> dict[str, Cut]:
-    if family in {*CLASSES, "gemma2", "gemma3_text"}:
+    if family in {*CLASSES, "gemma2", "gemma3_text", "olmo2", "smollm3"}:
         attention = bool(getattr(config, "attention_bias", False)) and family != "mistral"
         into = attention or family == "qwen2"
-        mlp = family == "llama" and bool(getattr(config, "mlp_bias", False))
+        mlp = family in ("llama", "smollm3") and bool(getattr(config, "mlp_bias", False))
         # A key of ours: see `Anatomy.with_down_bias`.
         down = mlp or bool(getattr(config, DOWN_BIAS, False))
         return {

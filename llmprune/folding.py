@@ -55,6 +55,7 @@ _LLAMA = Norms("input_layernorm", "post_attention_layernorm")
 _GEMMA = Norms("input_layernorm", "pre_feedforward_layernorm", offset=1.0)
 NORMS = {
     **dict.fromkeys(CLASSES, _LLAMA),
+    "smollm3": _LLAMA,
     "phi3": _LLAMA,
     "gpt_neox": _LLAMA,
     "gemma2": _GEMMA,

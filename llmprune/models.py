@@ -41,6 +41,8 @@ ALIASES = {
     "qwen3": "Qwen/Qwen3-0.6B",
     "gemma2": "google/gemma-2-2b",
     "gemma3": "google/gemma-3-1b-pt",
+    "olmo2": "allenai/OLMo-2-0425-1B",
+    "smollm3": "HuggingFaceTB/SmolLM3-3B-Base",
     "phi3": "microsoft/Phi-3-mini-4k-instruct",
     "pythia": "EleutherAI/pythia-160m",
     "gpt2": "openai-community/gpt2",
@@ -74,14 +76,16 @@ _LLAMA = Family(
         "mlp.down_proj": "down",
     },
 )
-_GEMMA = replace(_LLAMA, writers=())
+_NORM_AFTER = replace(_LLAMA, writers=())
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "gemma2": _NORM_AFTER,
+    "gemma3_text": _NORM_AFTER,
+    "olmo2": _NORM_AFTER,
+    "smollm3": _LLAMA,
     "phi3": Family(
         "model.layers",
         {

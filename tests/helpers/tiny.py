@@ -37,6 +37,9 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3": ("qwen3", {**_LLAMA, "use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED}),
     "gemma2": ("gemma2", {**_GEMMA, "layer_types": MIXED}),
     "gemma3_text": ("gemma3_text", {**_GEMMA, "layer_types": MIXED}),
+    "olmo2": ("olmo2", {**_COMMON, "intermediate_size": HIDDEN, "num_key_value_heads": 1}),
+    # One block without positions between two with.
+    "smollm3": ("smollm3", {**_COMMON, "intermediate_size": HIDDEN, "num_key_value_heads": 1, "no_rope_layers": [1, 0, 1]}),
     "phi3": ("phi3", {**_COMMON, "intermediate_size": HIDDEN, "num_key_value_heads": 1}),
     "opt": ("opt", _OPT),
     "opt_norm_after": ("opt", {**_OPT, "do_layer_norm_before": False}),
@@ -49,7 +52,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 # As in the published models: Qwen, GPT-NeoX and GPT-2 put no BOS before a text.
-_WITHOUT_BOS = {"qwen2", "qwen3", "gpt_neox", "gpt_neox_in_series", "gpt2"}
+_WITHOUT_BOS = {"qwen2", "qwen3", "olmo2", "gpt_neox", "gpt_neox_in_series", "gpt2"}
 
 
 def build(
@@ -75,7 +78,7 @@ BLOCKS = {
     "opt": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers",
     "gpt2": "transformer.h",
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"], "model.layers"),
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3"], "model.layers"),
 }
 
 
