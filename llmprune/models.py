@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import gguf
 from .checkpoint import Checkpoint, Entry, reading
 from .errors import LLMPruneError
+from .experts import PARTS, Experts, Names, split_fused, unfuse
 from .statistics import all_finite
 
 if TYPE_CHECKING:
@@ -58,10 +59,16 @@ class Family:
 
     blocks: str
     roles: dict[str, str]
-    # Parameters that checkpoints call something else than transformers does.
+    # Parts of parameters' names that checkpoints call something else than transformers does.
     stored_as: dict[str, str] = field(default_factory=dict)
     # Roles whose output is added to the residual stream as it is; none where it is normalised first.
     writers: tuple[str, ...] = ("o", "down")
+    # What checkpoints call an expert's gate, up and down projections, where blocks have experts.
+    experts: Names | None = None
+    # Matrices that choose or weigh experts, which are never pruned.
+    routers: tuple[str, ...] = ()
+    # Linears whose output a gate scales before it is added.
+    scaled: tuple[str, ...] = ()
 
 
 _LLAMA = Family(
@@ -121,7 +128,14 @@ FAMILIES = {
         {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"},
     ),
 }
-
+FAMILIES["mixtral"] = replace(
+    _LLAMA,
+    # Of Mixtral's blocks only attention has linears that transformers keeps as such.
+    roles={suffix: role for suffix, role in _LLAMA.roles.items() if role in "qkvo"},
+    stored_as={".mlp.": ".block_sparse_moe."},
+    experts=("w1", "w3", "w2"),
+    routers=("mlp.gate",),
+)
 
 # Models whose blocks have widths of their own, as structured pruning writes them.
 FAMILIES |= {f"llmprune_{name}": FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3")}
@@ -263,10 +277,17 @@ class Linear:
     block: int
     module: nn.Module
     transposed: bool
+    # Which of the block's experts it belongs to.
+    expert: int | None = None
     # The weight as the checkpoint stores it, while its block is loaded.
     stored: Tensor | None = field(default=None, repr=False)
     # What a method has to say about it in the record.
-    facts: dict[str, float] = field(default_factory=dict, repr=False)
+    facts: dict[str, float | str] = field(default_factory=dict, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Its name within the block, the same in every block that has it."""
+        return self.name.partition(f".{self.block}.")[2]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -335,15 +356,19 @@ class Skeleton:
         self.checkpoint = Checkpoint.open(directory)
         self.dtype, self.device = dtype, torch.device(device)
         self.model = _build(self.config, dtype, trust_remote_code)
-        for name, buffer in self.model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
         family = FAMILIES.get(self.config.model_type)
         if family is None:
             _refuse_family(self.config.model_type)
         assert family is not None
+        if family.experts:
+            unfuse(self.model, family.experts)
+            shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters() if ".experts." in name}
+            self.checkpoint = split_fused(self.checkpoint, shapes, family.experts)
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        self.family = family
         self.blocks_path = family.blocks
-        self.writers = family.writers
         self.blocks: list[nn.Module] = list(self.model.get_submodule(family.blocks).children())
         if not self.blocks:
             raise LLMPruneError(f"{directory / 'config.json'} describes a model without decoder blocks: nothing to prune.")
@@ -369,19 +394,30 @@ class Skeleton:
     def _linears(self, index: int, family: Family) -> list[Linear]:
         found = []
         modules = dict(self.blocks[index].named_modules())
+        prefix = f"{family.blocks}.{index}."
         for suffix, role in family.roles.items():
             module = modules.get(suffix)
-            if module is None and self.config.model_type.startswith("llmprune_"):
-                continue  # its sub-layer was removed
+            if module is None and (family.experts or self.config.model_type.startswith("llmprune_")):
+                continue  # of another kind of block, or its sub-layer was removed
             assert module is not None
-            name = f"{family.blocks}.{index}.{suffix}"
-            found.append(Linear(name, role, index, module, type(module).__name__ == "Conv1D"))
+            found.append(Linear(prefix + suffix, role, index, module, type(module).__name__ == "Conv1D"))
+        for path, experts in modules.items():
+            for number, expert in enumerate(experts if isinstance(experts, Experts) else ()):
+                for name, role in zip(expert.names, PARTS, strict=True):
+                    module = expert.get_submodule(name)
+                    found.append(Linear(f"{prefix}{path}.{number}.{name}", role, index, module, False, number))
         return found
+
+    def writes(self, linear: Linear) -> bool:
+        """Whether a linear's output is added to the residual stream as it is."""
+        return linear.role in self.family.writers and linear.expert is None and linear.place not in self.family.scaled
 
     def _stored_name(self, name: str) -> str | None:
         """A parameter's name in the checkpoint, which may lack or carry the base model's prefix."""
         prefix = f"{self.model.base_model_prefix}."
-        renamed = FAMILIES[self.config.model_type].stored_as.get(name, name)
+        renamed = name
+        for part, stored_part in self.family.stored_as.items():
+            renamed = renamed.replace(part, stored_part)
         candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
         return next((candidate for candidate in candidates if candidate in self.checkpoint.entries), None)
 
@@ -488,6 +524,7 @@ class Skeleton:
     def missed_matrices(self, index: int) -> list[str]:
         """Names of a block's matrices that have no role, hence would not be pruned."""
         known = {id(linear.module) for linear in self.linears[index]}
+        known |= {id(self.blocks[index].get_submodule(path)) for path in self.family.routers}
         return [
             name
             for name, module in self.blocks[index].named_modules()

@@ -8,11 +8,16 @@ the sample and not the micro-batch, results do not depend on how samples were ba
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+
+# Some samples' inputs: any float dtype [samples, tokens, features], or one [tokens, features] for each sample where they have
+# different numbers of tokens, as an expert's do.
+Samples = Tensor | Sequence[Tensor]
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -90,10 +95,13 @@ class Ends:
 class Statistic(Protocol):
     """A sum over calibration tokens of something computed from a linear's input."""
 
+    # How many it has seen.
+    tokens: Tensor
+
     def __init__(self, features: int, device: torch.device) -> None: ...
 
-    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
-        """Add samples: any float dtype [samples, tokens, features]; the calibration set's from number `first` on."""
+    def update(self, inputs_BTI: Samples, first: int = 0) -> None:
+        """Add samples, the calibration set's from number `first` on."""
 
     def merge(self, other: Self) -> None:
         """Add what `other` has seen."""
@@ -125,8 +133,8 @@ class _Sums:
     def is_finite(self) -> bool:
         return all(all_finite(total) for total in self.sums())
 
-    def _count(self, inputs_BTI: Tensor) -> None:
-        self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
+    def _count(self, inputs_BTI: Samples) -> None:
+        self.tokens += sum(len(inputs_TI) for inputs_TI in inputs_BTI)
 
 
 class InputNorm(_Sums):
@@ -142,7 +150,7 @@ class InputNorm(_Sums):
         super().__init__(features, device)
         self.squares_I = torch.zeros(features, dtype=torch.float64, device=device)
 
-    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
+    def update(self, inputs_BTI: Samples, first: int = 0) -> None:
         # Sample by sample, because the order in which a sum is taken depends on the shape it is part of. float16 squares
         # overflow beyond 255, so square in float32. A few tokens at a time stay in the cache, and are few enough to be added
         # in float32, several times faster than everything in float64.
@@ -176,7 +184,7 @@ class Moments(InputNorm):
         super().__init__(features, device)
         self.totals_I = torch.zeros(features, dtype=torch.float64, device=device)
 
-    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
+    def update(self, inputs_BTI: Samples, first: int = 0) -> None:
         super().update(inputs_BTI)
         for inputs_TI in inputs_BTI:
             self.totals_I += inputs_TI.double().sum(dim=0).float()
@@ -213,8 +221,9 @@ class Hessian(_Sums):
         super().__init__(features, device)
         self.upper_II = torch.zeros(features, features, device=device)
 
-    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
-        for inputs_TI in inputs_BTI.float():
+    def update(self, inputs_BTI: Samples, first: int = 0) -> None:
+        for inputs_TI in inputs_BTI:
+            inputs_TI = inputs_TI.float()
             for start in range(0, inputs_TI.shape[1], self.PANEL):
                 stop = start + self.PANEL
                 self.upper_II[start:stop, start:].addmm_(inputs_TI[:, start:stop].T, inputs_TI[:, start:])
@@ -254,7 +263,7 @@ class SplitHessian(Hessian):
         self.totals_I = torch.zeros(features, dtype=torch.float64, device=device)
         self.fresh = Hessian(features, device)
 
-    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
+    def update(self, inputs_BTI: Samples, first: int = 0) -> None:
         for sample, inputs_TI in enumerate(inputs_BTI, start=first):
             if self.holds_out(sample):
                 self.fresh.update(inputs_TI[None])
@@ -296,16 +305,16 @@ class CrossHessian(SplitHessian):
         self.products_II = torch.zeros(features, features, device=device)
         self.gaps_OI: Tensor | None = None
 
-    def update_pair(self, inputs_BTI: Tensor, dense_BTI: Tensor, first: int, gap_BTO: Tensor | None) -> None:
+    def update_pair(self, inputs_BTI: Samples, dense_BTI: Samples, first: int, gap_BTO: Tensor | None) -> None:
         """Like `update`, with the dense model's inputs, and what the residual stream has lost where that matters."""
         self.update(inputs_BTI, first)
         if gap_BTO is not None and self.gaps_OI is None:
-            self.gaps_OI = torch.zeros(gap_BTO.shape[-1], inputs_BTI.shape[-1], device=inputs_BTI.device)
-        for i, inputs_TI in enumerate(inputs_BTI.float()):
+            self.gaps_OI = torch.zeros(gap_BTO.shape[-1], inputs_BTI[0].shape[-1], device=gap_BTO.device)
+        for i, inputs_TI in enumerate(inputs_BTI):
             if not self.holds_out(first + i):
-                self.products_II.addmm_(dense_BTI[i].float().T, inputs_TI)
+                self.products_II.addmm_(dense_BTI[i].float().T, inputs_TI.float())
                 if gap_BTO is not None and self.gaps_OI is not None:
-                    self.gaps_OI.addmm_(gap_BTO[i].float().T, inputs_TI)
+                    self.gaps_OI.addmm_(gap_BTO[i].float().T, inputs_TI.float())
 
     def sums(self) -> list[Tensor]:
         return [*super().sums(), self.products_II, *([] if self.gaps_OI is None else [self.gaps_OI])]

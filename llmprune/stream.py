@@ -31,17 +31,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from .errors import LLMPruneError
+from .experts import Experts
 from .models import Linear, Skeleton
 from .output import Output
 from .ranks import Ranks
-from .statistics import CrossHessian, Ends, Statistic, all_finite
+from .statistics import CrossHessian, Ends, Samples, Statistic, all_finite
 
 if TYPE_CHECKING:
     from .activation_plan import Plan
@@ -222,9 +223,9 @@ class Stream:
         self._writing: Future[None] | None = None
         # What the latest block's input and output have to do with each other.
         self.ends = Ends()
-        # The role that runs last in a block with these roles, once the first forward has shown it.
-        self.last_role: dict[tuple[str, ...], str] = {}
-        # Roles that read the same tensor as another role which runs before them (k and v: q), likewise.
+        # The linear that runs last in a block with these linears, once the first forward has shown it. All by place.
+        self.last: dict[tuple[str, ...], str] = {}
+        # Linears that read the same tensor as another which runs before them (k and v: q), likewise.
         self.leaders: dict[str, str] = {}
         if ids_NT is not None:
             samples = len(ids_NT)
@@ -440,6 +441,14 @@ class Stream:
         return {name: self.skeleton.checkpoint.read(names[name]) for name in self.skeleton.block_parameters(index)}
 
 
+def _by_sample(args: tuple[Tensor, ...], samples: int) -> Samples:
+    """What a linear is called with, cut into samples: [samples, tokens, I], or one [tokens, I] each where it is an expert's."""
+    inputs = args[0]
+    if len(args) > 1:
+        return inputs.split(cast(list[int], args[1]))
+    return inputs.reshape(samples, -1, inputs.shape[-1])
+
+
 class Block:
     """One resident decoder block, between the samples that came in and the shard that goes out."""
 
@@ -449,7 +458,7 @@ class Block:
         self.linears = stream.skeleton.linears[index]
         # The samples already are this block's output.
         self._advanced = not stream._forward or (index == len(stream.skeleton.blocks) - 1 and not stream.keep_last)
-        self._roles = tuple(linear.role for linear in self.linears)
+        self._places = tuple(linear.place for linear in self.linears)
         self._needs_dense_output = stream.propagate == "dense" and not self._advanced
         # What a method has to say about the block in the record.
         self.notes: dict[str, object] = {}
@@ -495,6 +504,8 @@ class Block:
                 return
             linear, statistic = pair
             self._check(linear, statistic)
+            if linear.expert is not None:
+                linear.facts["tokens"] = int(statistic.tokens)
             # Deciding takes copies of the largest matrix: not while the block before this one is still in memory.
             self.stream.finish_writing()
             with clock.measure("decide"):
@@ -520,8 +531,8 @@ class Block:
                 latest, owner = inputs, linear
                 if linear not in statistics:
                     statistics[linear] = kind(linear, inputs)
-                statistics[linear].update(inputs.reshape(samples, -1, inputs.shape[-1]), first)
-            if linear.role == stream.last_role.get(self._roles) and not self._needs_dense_output:
+                statistics[linear].update(_by_sample(args, samples), first)
+            if linear.place == stream.last.get(self._places) and not self._needs_dense_output:
                 raise _Stop
 
         handles = [linear.module.register_forward_pre_hook(partial(see, linear)) for linear in linears]
@@ -534,7 +545,7 @@ class Block:
                     pass
                 else:
                     if statistics:
-                        stream.last_role[self._roles] = list(statistics)[-1].role
+                        stream.last[self._places] = list(statistics)[-1].place
                     if self._needs_dense_output:
                         stream.finish_forward(self.index, batch, output)
                 latest = owner = None
@@ -562,8 +573,8 @@ class Block:
         def pause(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
             worker, inputs = getcurrent(), args[0]
             if inputs is not worker.inputs:
-                assert linear.role not in stream.leaders, f"{linear.name} does not read what its like in block 0 read"
-                worker.inputs, worker.leader = inputs, linear
+                assert linear.place not in stream.leaders, f"{linear.name} does not read what its like in block 0 read"
+                worker.args, worker.inputs, worker.leader = args, inputs, linear
                 if worker.ahead is not None or not stream.match_dense:
                     if linear not in statistics:
                         statistics[linear] = kind(inputs.shape[-1], inputs.device)
@@ -571,15 +582,16 @@ class Block:
                 hub.switch(linear)
             elif worker.is_dense:
                 return
-            elif linear.role not in stream.leaders:  # the first block: who reads whose input is not known yet
-                leaders[linear.role] = worker.leader.role
+            elif linear.place not in stream.leaders:  # the first such block: who reads whose input is not known yet
+                leaders[linear.place] = worker.leader.place
                 statistics[linear] = statistics[worker.leader]
                 hub.switch(linear)
-            if self._advanced and linear.role == stream.last_role.get(self._roles):
+            if self._advanced and linear.place == stream.last.get(self._places):
                 raise _Stop
 
-        def write(linear: Linear, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            getcurrent().written += output
+        def write(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            worker = getcurrent()
+            worker.written += output.reshape(worker.part.stop - worker.part.start, -1, output.shape[-1])
 
         def run(batch: int) -> None:
             with suppress(_Stop):
@@ -592,14 +604,15 @@ class Block:
 
         def begin(batch: int, ahead: greenlet | None, *, is_dense: bool) -> greenlet:
             worker = greenlet(run, hub)
-            worker.part, worker.inputs, worker.leader = stream.batches[batch], None, None
+            worker.part, worker.args, worker.inputs, worker.leader = stream.batches[batch], (), None, None
             worker.ahead, worker.is_dense, worker.written = ahead, is_dense, 0.0
             return worker
 
         handles = [linear.module.register_forward_pre_hook(partial(pause, linear)) for linear in linears]
         if stream.match_dense:
-            writers = [linear for linear in self.linears if linear.role in stream.skeleton.writers]
-            handles += [linear.module.register_forward_hook(partial(write, linear)) for linear in writers]
+            writers = [linear.module for linear in self.linears if stream.skeleton.writes(linear)]
+            writers += [module for module in stream.skeleton.blocks[self.index].modules() if isinstance(module, Experts)]
+            handles += [module.register_forward_hook(write) for module in writers]
         try:
             batches = range(len(stream.batches))
             dense = [begin(batch, None, is_dense=True) for batch in batches if stream.match_dense]
@@ -612,14 +625,14 @@ class Block:
                     waiting[batch] = arrived
             while waiting:
                 linear = min(waiting.values(), key=order.__getitem__)
-                if linear.role not in leaders:
+                if linear.place not in leaders:
                     for worker in dense:
                         worker.switch()
                     stream.ranks.add(statistics[linear])
                 yield linear, statistics[linear]
                 # Those that read the same tensor are decided, too, so that a sample runs through all of them at once.
                 for other in linears:
-                    if stream.leaders.get(other.role) == linear.role:
+                    if stream.leaders.get(other.place) == linear.place:
                         yield other, statistics[linear]
                 for batch in [batch for batch, at in waiting.items() if at is linear]:
                     if arrived := workers[batch].switch():
@@ -627,7 +640,7 @@ class Block:
                     else:
                         del waiting[batch]
             if order:
-                stream.last_role[self._roles] = linear.role
+                stream.last[self._places] = linear.place
             stream.leaders |= leaders
         finally:
             for handle in handles:
@@ -638,20 +651,20 @@ class Block:
     def _see(self, statistic: Statistic, worker: greenlet) -> None:
         """Show a statistic what a micro-batch brings to a linear, and what the dense model's has there, where it is matched."""
         stream, part = self.stream, worker.part
-
-        def samples(states: Tensor) -> Tensor:
-            return states.reshape(part.stop - part.start, -1, states.shape[-1])
-
-        first = stream.first_sample + part.start
+        samples, first = part.stop - part.start, stream.first_sample + part.start
+        own = _by_sample(worker.args, samples)
         if worker.ahead is None:
-            statistic.update(samples(worker.inputs), first)
+            statistic.update(own, first)
             return
         assert isinstance(statistic, CrossHessian)
         assert worker.ahead.leader is worker.leader, "the dense and the pruned model run through a block in one order"
+        if worker.leader.expert is not None:  # the two models send it different tokens: there is nothing to compare
+            statistic.update_pair(own, own, first, None)
+            return
         gap = None
-        if worker.leader.role in stream.skeleton.writers:
+        if stream.skeleton.writes(worker.leader):
             gap = stream.gap(part) + (worker.ahead.written - worker.written)
-        statistic.update_pair(samples(worker.inputs), samples(worker.ahead.inputs), first, gap)
+        statistic.update_pair(own, _by_sample(worker.ahead.args, samples), first, gap)
 
     def _check(self, linear: Linear, statistic: Statistic) -> None:
         if not statistic.is_finite():

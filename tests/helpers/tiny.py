@@ -51,6 +51,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         | {"bos_token_id": 1, "eos_token_id": 2},
     ),
 }
+# Models with experts, whose matrices transformers keeps as 3-D parameters.
+EXPERTS: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
 # As in the published models: Qwen, GPT-NeoX and GPT-2 put no BOS before a text.
 _WITHOUT_BOS = {"qwen2", "qwen3", "olmo2", "gpt_neox", "gpt_neox_in_series", "gpt2"}
 
@@ -59,7 +63,7 @@ def build(
     variant: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **changes: object
 ) -> Path:
     """Save a model of that variant, its configuration changed as given, and its tokenizer into `folder`."""
-    model_type, options = VARIANTS[variant]
+    model_type, options = (VARIANTS | EXPERTS)[variant]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**options, **changes}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -78,7 +82,7 @@ BLOCKS = {
     "opt": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers",
     "gpt2": "transformer.h",
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3"], "model.layers"),
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "mixtral"], "model.layers"),
 }
 
 
