@@ -1,12 +1,15 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what the binary says of it.
+"""Compile a kernel for a GPU that is not there, and read what the binary says of it.
 
-TRITON_INTERPRET has to be unset in the process: it changes what @triton.jit returns.
+    compiled = aot.compile_for(kernel, "sm_90", {"x_ptr": "*bf16", "rows": "i32"}, {"BLOCK": 64}, num_warps=4)
+
+A @triton.jit or @gluon.jit function. TRITON_INTERPRET has to be unset in the process: it changes what @triton.jit returns.
 """
 
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,49 +17,83 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 # Shared memory that one program may have.
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes on a target. `loads` counts the instructions that load from global memory by their width."""
+    """What a kernel takes on a target.
+
+    Attributes:
+        registers: of a thread.
+        spills: instructions that spill them (NVIDIA), or registers spilt (AMD).
+        shared: bytes of shared memory.
+        loads: instructions that load from global memory, by their width.
+        opcodes: instructions of the binary, by their full name, as HMMA.SP.16832.F32.BF16.
+        ptx: for NVIDIA, what `ptxemu.run` takes (of sm_80).
+    """
 
     registers: int
     spills: int
     shared: int
     loads: Counter[str]
+    opcodes: Counter[str]
+    ptx: str
 
 
-def compile_for(kernel, target: str, signature: dict[str, str], constants: dict[str, object], **options) -> Compiled:
-    """Compile a @triton.jit function.
+def compile_for(
+    kernel,
+    target: str,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    divisible: Collection[str] | None = None,
+    **options,
+) -> Compiled:
+    """Compile a @triton.jit or @gluon.jit function.
 
     Args:
         target: a key of TARGETS.
         signature: type of every argument at run time, as "*bf16", "*fp32", "i32".
         constants: values of the constexpr arguments.
+        divisible: the arguments that the launcher would find to be multiples of 16, pointers and sizes; by default all.
+            Without it loads are narrow.
         options: num_warps and the like.
     """
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    # What the launcher would say of pointers and of sizes that are multiples of 16; without it loads are narrow.
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in signature}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in (signature if divisible is None else divisible)}
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=divisible)
+    source = _source_class(kernel)(fn=kernel, signature=types, constexprs=values, attrs=attributes)
     binary = triton.compile(source, target=TARGETS[target], options=options)
+    shared = binary.metadata.shared
     if target.startswith("sm"):
-        registers, spills = _nvidia(binary.asm["cubin"])
-        loads = Counter(re.findall(r"ld\.global\S*?\.(v\d\.[bfu]\d+|[bfus]\d+)\s", binary.asm["ptx"]))
-    else:
-        text = binary.asm["amdgcn"]
-        registers, spills = _number(text, "vgpr_count"), _number(text, "vgpr_spill_count") + _number(text, "sgpr_spill_count")
-        loads = Counter(re.findall(r"(?:global|buffer)_load_(\w+)", text))
-    return Compiled(registers, spills, binary.metadata.shared, loads)
+        ptx = binary.asm["ptx"]
+        registers, opcodes = _nvidia(binary.asm["cubin"])
+        spills = sum(count for name, count in opcodes.items() if name.startswith(("LDL", "STL")))
+        loads = Counter(re.findall(r"ld\.global\S*?\.(v\d\.[bfu]\d+|[bfus]\d+)\s", ptx))
+        return Compiled(registers, spills, shared, loads, opcodes, ptx)
+    text = binary.asm["amdgcn"]
+    registers, spills = _number(text, "vgpr_count"), _number(text, "vgpr_spill_count") + _number(text, "sgpr_spill_count")
+    loads = Counter(re.findall(r"(?:global|buffer)_load_(\w+)", text))
+    return Compiled(registers, spills, shared, loads, Counter(re.findall(r"^\s+([a-z]+_\w+)", text, re.MULTILINE)), "")
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int]:
-    """Registers, and instructions that spill them."""
+def _source_class(kernel) -> type[ASTSource]:
+    # Gluon is younger than Triton.
+    if type(kernel).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    return ASTSource
+
+
+def _nvidia(cubin: bytes) -> tuple[int, Counter[str]]:
+    """Registers, and the instructions."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -65,7 +102,7 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     assert found, "cuobjdump says nothing of registers"
-    return int(found[1]), len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return int(found[1]), Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))
 
 
 def _number(text: str, name: str) -> int:
