@@ -32,6 +32,7 @@ from .recipe import parse_nm
 from .record import Difference, Estimate, Record, Task, read
 from .tables import SIMULATED, budget, count, size, use_of, weights_bytes
 from .verify import read_record
+from .vision_language import auto_name
 
 CARD = "README.md"
 RESULTS = ".eval_results"
@@ -120,10 +121,11 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
     base_model = record.model.base_model
     used = _hub_dataset(record.calibration.source) if record.calibration else None
     results = list(_index_entries(record))
+    auto = auto_name(directory)
     data = ModelCardData(
         base_model=base_model,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if auto == "AutoModelForImageTextToText" else "text-generation",
         tags=["llmprune", "pruned", *_kind(record)],
         datasets=[used] if used else None,
         # It is the model-index that has a name.
@@ -143,6 +145,7 @@ def render(directory: Path, record: Record, terms: dict[str, object], name: str)
         record=record,
         method=methods.summary(record.method),
         license=terms.get("license_name") or terms.get("license"),
+        auto=auto,
         license_files=sorted(file.name for file in directory.glob("LICENSE*")),
         disk_bytes=weights_bytes(directory),
         scores=list(_scores(record)),

@@ -25,6 +25,7 @@ from .recipe import from_options
 from .registration import register
 from .settings import choose_device
 from .verify import read_record
+from .vision_language import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,11 +103,9 @@ def _known(model_type: object) -> bool:
 
 
 def _plain(directory: Path, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     try:
         with quiet_transformers():
-            found = AutoModelForCausalLM.from_pretrained(
+            found = auto_class(directory).from_pretrained(
                 directory, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # whatever a value or shape of the wrong kind sets off in transformers

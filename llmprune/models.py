@@ -23,6 +23,7 @@ from .checkpoint import Checkpoint, Entry, reading
 from .errors import LLMPruneError
 from .experts import PARTS, Experts, Names, split_fused, unfuse
 from .statistics import all_finite
+from .vision_language import TYPES, stored_names, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -240,7 +241,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         raise LLMPruneError(
             f"{directory} is quantised ({method}): prune the unquantised model first, then quantise the result."
         )
-    if raw.get("model_type") not in FAMILIES and not raw.get("auto_map"):
+    if raw.get("model_type") not in {*FAMILIES, *TYPES} and not raw.get("auto_map"):
         _refuse_family(raw.get("model_type"))
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -250,7 +251,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def _refuse_family(model_type: str | None) -> None:
-    supported = ", ".join(sorted(name for name in FAMILIES if not name.startswith("llmprune_")))
+    supported = ", ".join(sorted(name for name in (*FAMILIES, *TYPES) if not name.startswith("llmprune_")))
     raise LLMPruneError(f"Architecture {model_type!r} is not supported yet; supported are {supported}.")
 
 
@@ -352,7 +353,10 @@ class Skeleton:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
-        self.config = load_config(directory, trust_remote_code=trust_remote_code)
+        config = load_config(directory, trust_remote_code=trust_remote_code)
+        self.is_vision_language = config.model_type in TYPES
+        # Of a vision-language model the skeleton is the text decoder.
+        self.config = text_config(config) if self.is_vision_language else config
         self.checkpoint = Checkpoint.open(directory)
         self.dtype, self.device = dtype, torch.device(device)
         self.model = _build(self.config, dtype, trust_remote_code)
@@ -419,6 +423,8 @@ class Skeleton:
         for part, stored_part in self.family.stored_as.items():
             renamed = renamed.replace(part, stored_part)
         candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
+        if self.is_vision_language:
+            candidates += stored_names(name)
         return next((candidate for candidate in candidates if candidate in self.checkpoint.entries), None)
 
     def stored_name(self, name: str) -> str:
@@ -516,8 +522,10 @@ class Skeleton:
         return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
 
     def parameters(self) -> int:
-        tied = set(self.tied)
-        return sum(
+        tied, own = set(self.tied), set(self.stored_names.values())
+        # What of a vision-language model is no text decoder.
+        beside = (entry.numel for name, entry in self.checkpoint.entries.items() if self.is_vision_language and name not in own)
+        return sum(beside) + sum(
             parameter.numel() for name, parameter in self.model.named_parameters(remove_duplicate=False) if name not in tied
         )
 

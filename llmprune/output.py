@@ -58,7 +58,7 @@ COPIED = (
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
-    "preprocessor_config.json",
+    "*processor_config.json",
 )
 
 Facts = Mapping[str, object]

@@ -95,6 +95,11 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     source = resolve(recipe.model, revision=recipe.revision, say=say)
     skeleton = Skeleton(source.directory, device=local_device(device), trust_remote_code=recipe.trust_remote_code)
     _check_pattern(recipe, skeleton)
+    if skeleton.is_vision_language and (recipe.structured or recipe.method == "wina"):
+        raise LLMPruneError(
+            f"--method {recipe.method} is not for vision-language models, of whose text decoder single weights can be zeroed: "
+            "use a method with a mask, such as wanda or sparsegpt."
+        )
     if recipe.structured:
         structure.check(recipe, skeleton)
     if recipe.form == "folded":

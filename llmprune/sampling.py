@@ -16,6 +16,7 @@ from .calibration import random_ids
 from .errors import LLMPruneError
 from .gguf import quiet_transformers
 from .progress import bar
+from .vision_language import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,11 +70,10 @@ def sample_from_model(
         raise LLMPruneError(f"{folder} cannot be written ({error}): set LLMPRUNE_CACHE to a folder that can") from error
 
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
 
     with private:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(model_dir).from_pretrained(
                 model_dir, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
             )
         model.to(torch.device(device))  # type: ignore[arg-type]

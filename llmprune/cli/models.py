@@ -9,6 +9,7 @@ def command() -> None:
 
     from .. import gguf
     from ..models import ALIASES, EMBEDDED, FAMILIES
+    from ..vision_language import TYPES
 
     table = Table("alias", "model", title="Aliases (any directory, Hub id or .gguf file works as well)")
     carried = gguf.embedded_smollm2() is not None
@@ -17,4 +18,4 @@ def command() -> None:
         table.add_row(alias, repository + note)
     console = Console()
     console.print(table)
-    console.print(f"Architectures: {', '.join(sorted(FAMILIES))}.")
+    console.print(f"Architectures: {', '.join(sorted(FAMILIES))}; the text decoders of {', '.join(TYPES)}.")

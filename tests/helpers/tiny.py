@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 # Sizes are multiples of 4, so that 2:4 fits, and of nothing larger.
 WIDTH, HIDDEN, HEADS, VOCABULARY, LIMIT = 36, 52, 3, 263, 64
@@ -55,16 +62,46 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 EXPERTS: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+# Models that see, too: a text decoder of a family above, and whatever else.
+_CLIP = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+_QWEN_EYE = {"hidden_size": 16, "out_hidden_size": WIDTH, "intermediate_size": 20, "depth": 1, "num_heads": 2}
+_QWEN_IDS = {"image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}}
+VISION_LANGUAGE: dict[str, tuple[str, dict[str, object]]] = {
+    "gemma3": (
+        "gemma3",
+        {"text_config": {**_GEMMA, "layer_types": MIXED}, "vision_config": {**_CLIP, "patch_size": 4}}
+        | {"mm_tokens_per_image": 4, "image_token_index": 260, "boi_token_index": 261, "eoi_token_index": 262},
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {"model_type": "llama", **_LLAMA},
+            "vision_config": {"model_type": "clip_vision_model", **_CLIP, "patch_size": 4, "projection_dim": 16},
+            "image_token_index": 260,
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"text_config": {**_COMMON, **_SECTIONS, "intermediate_size": HIDDEN, "num_key_value_heads": 1}}
+        | {"vision_config": _QWEN_EYE, **_QWEN_IDS},
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {"text_config": {**_LLAMA, **_SECTIONS}, "vision_config": {**_QWEN_EYE, "deepstack_visual_indexes": [0]}, **_QWEN_IDS},
+    ),
+}
 # As in the published models: Qwen, GPT-NeoX and GPT-2 put no BOS before a text.
-_WITHOUT_BOS = {"qwen2", "qwen3", "olmo2", "gpt_neox", "gpt_neox_in_series", "gpt2"}
+_WITHOUT_BOS = {"qwen2", "qwen3", "olmo2", "gpt_neox", "gpt_neox_in_series", "gpt2", "qwen2_5_vl", "qwen3_vl"}
 
 
 def build(
     variant: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **changes: object
 ) -> Path:
     """Save a model of that variant, its configuration changed as given, and its tokenizer into `folder`."""
-    model_type, options = (VARIANTS | EXPERTS)[variant]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**options, **changes}))
+    model_type, options = (VARIANTS | EXPERTS | VISION_LANGUAGE)[variant]
+    auto = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(model_type, **{**options, **changes}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
