@@ -1,4 +1,4 @@
-"""Tells transformers of the model types in modeling_llmprune.py, once somebody loads a model.
+"""Tells transformers of the model types in modeling_llmprune.py and of our attention, once somebody loads a model.
 
 `import llmprune` must cost nothing, so it imports neither torch nor transformers; and model classes cannot be built while
 transformers is half imported, as it is when its auto classes appear. Hence two steps: when the module of `AutoConfig` has
@@ -15,13 +15,19 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 AUTO = "transformers.models.auto.configuration_auto"
+# Permuted block-sparse attention, see runtime/pbs.py.
+ATTENTION = "llmprune_pbs"
 
 
 @functools.cache
 def register() -> None:
-    """Make transformers' auto classes know our model types (where its version can run them)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    """Make transformers know our attention, and its auto classes our model types (where its version can run them)."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers.masking_utils import sdpa_mask
 
+    AttentionInterface.register(ATTENTION, _attention)
+    # Models drop every mask, of padding too, for an attention that has no function for masks.
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     if not hasattr(PretrainedConfig, "per_layer_config"):
         return
     from .modeling_llmprune import MODELS
@@ -29,6 +35,12 @@ def register() -> None:
     for model in MODELS:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+def _attention(*args: object, **options: object) -> object:
+    from .runtime.pbs import attention
+
+    return attention(*args, **options)  # type: ignore[arg-type]
 
 
 def register_on_use() -> None:
