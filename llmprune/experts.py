@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +32,13 @@ class RoutedLinear(nn.Linear):
     """A linear over the tokens that were routed to its expert."""
 
     def forward(self, inputs_RI: Tensor, sizes: list[int]) -> Tensor:
-        """y = x W^T, [routed tokens, O]; each sample's tokens are a product of their own.
-
-        The bits of a product depend on how many rows it has, and results must not depend on how samples are batched.
+        """y = x W^T, [routed tokens, O].
 
         Args:
             inputs_RI: sample after sample.
             sizes: how many of them are each sample's.
         """
-        if inputs_RI.device.type == "cuda":  # where micro-batches change bits anyway, and small products cost most
-            return linear(inputs_RI, self.weight)
-        return torch.cat([linear(inputs_SI, self.weight) for inputs_SI in inputs_RI.split(sizes)])
+        return _sample_by_sample(partial(linear, weight=self.weight), inputs_RI, sizes)
 
 
 class Expert(nn.Module):
@@ -67,7 +64,8 @@ class Expert(nn.Module):
 
     def forward(self, inputs_RI: Tensor, sizes: list[int]) -> Tensor:
         """The expert's output for its tokens, before the router's weight; arguments as of `RoutedLinear`."""
-        return self.down(self.act(self.gate(inputs_RI, sizes)) * self.up(inputs_RI, sizes), sizes)
+        gate_RF = _sample_by_sample(self.act, self.gate(inputs_RI, sizes), sizes)
+        return self.down(gate_RF * self.up(inputs_RI, sizes), sizes)
 
 
 class Experts(nn.ModuleList):
@@ -104,8 +102,13 @@ class Experts(nn.ModuleList):
         return output_NI
 
 
-def unfuse(model: nn.Module, names: Names) -> None:
-    """Put `Experts` in the place of every module that holds experts as 3-D parameters; on the meta device, without weights."""
+def unfuse(model: nn.Module, names: Names, routers: tuple[str, ...]) -> None:
+    """Put `Experts` in the place of every module that holds experts as 3-D parameters; on the meta device, without weights.
+
+    Args:
+        names: see `Names`.
+        routers: names, within the layer around the experts, of what chooses or weighs them: these run sample by sample.
+    """
     for path, module in list(model.named_modules()):
         if not is_fused(module):
             continue
@@ -116,6 +119,9 @@ def unfuse(model: nn.Module, names: Names) -> None:
         layer = model.get_submodule(owner)
         layer.register_forward_pre_hook(partial(_note_length, experts))
         setattr(layer, leaf, experts)
+        for name in routers:
+            router = layer.get_submodule(name)
+            router.forward = partial(_route, experts, router.forward)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -125,6 +131,27 @@ def is_fused(module: nn.Module) -> bool:
 
 def _note_length(experts: Experts, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     experts.length = args[0].shape[-2]
+
+
+def _route(
+    experts: Experts, forward: Callable[[Tensor], Tensor | tuple[Tensor, ...]], hidden: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    """A router's outputs, each [all tokens, ...]."""
+    parts = [forward(each_TI) for each_TI in hidden.reshape(-1, experts.length, hidden.shape[-1])]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(cast(list[Tensor], parts))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _sample_by_sample(function: Callable[[Tensor], Tensor], inputs_RI: Tensor, sizes: list[int]) -> Tensor:
+    """A function of each sample's tokens.
+
+    The bits of a product depend on how many rows it has, and those of an exponential on where in memory it stands: results must
+    not depend on how samples are batched. On a GPU they do anyway, and small products cost most.
+    """
+    if len(sizes) == 1 or inputs_RI.device.type == "cuda":
+        return function(inputs_RI)
+    return torch.cat([function(inputs_SI) for inputs_SI in inputs_RI.split(sizes)])
 
 
 def split_fused(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], names: Names) -> Checkpoint:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ class Family:
     writers: tuple[str, ...] = ("o", "down")
     # What checkpoints call an expert's gate, up and down projections, where blocks have experts.
     experts: Names | None = None
-    # Matrices that choose or weigh experts, which are never pruned.
+    # What chooses or weighs experts, by name beside them: never pruned.
     routers: tuple[str, ...] = ()
     # Linears whose output a gate scales before it is added.
     scaled: tuple[str, ...] = ()
@@ -129,15 +130,36 @@ FAMILIES = {
         {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"},
     ),
 }
-FAMILIES["mixtral"] = replace(
-    _LLAMA,
-    # Of Mixtral's blocks only attention has linears that transformers keeps as such.
-    roles={suffix: role for suffix, role in _LLAMA.roles.items() if role in "qkvo"},
-    stored_as={".mlp.": ".block_sparse_moe."},
-    experts=("w1", "w3", "w2"),
-    routers=("mlp.gate",),
-)
+# Families with experts. Their blocks need not be alike: roles that one lacks belong to another kind of block.
+_EXPERTS = replace(_LLAMA, experts=("gate_proj", "up_proj", "down_proj"), routers=("gate",))
+_LATENT = {
+    "self_attn.q_a_proj": "q_a",
+    "self_attn.q_b_proj": "q_b",
+    "self_attn.kv_a_proj_with_mqa": "kv_a",
+    "self_attn.kv_b_proj": "kv_b",
+}
 
+
+def _with_shared(name: str) -> dict[str, str]:
+    """The roles of a block where all tokens go through the feed-forward layer of that name, beside their own experts."""
+    shared = {f"mlp.{name}.{part}_proj": part for part in PARTS}
+    return _LLAMA.roles | shared
+
+
+_DEEPSEEK = replace(_EXPERTS, roles=_LATENT | _with_shared("shared_experts"))
+FAMILIES |= {
+    "mixtral": replace(_EXPERTS, stored_as={".mlp.": ".block_sparse_moe."}, experts=("w1", "w3", "w2")),
+    "qwen3_moe": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "qwen2_moe": replace(
+        _EXPERTS,
+        roles=_with_shared("shared_expert"),
+        routers=("gate", "shared_expert_gate"),
+        scaled=("mlp.shared_expert.down_proj",),
+    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+}
 # Models whose blocks have widths of their own, as structured pruning writes them.
 FAMILIES |= {f"llmprune_{name}": FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3")}
 
@@ -244,7 +266,10 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     if raw.get("model_type") not in {*FAMILIES, *TYPES} and not raw.get("auto_map"):
         _refuse_family(raw.get("model_type"))
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if method:  # packed, which is over once the weights are read
+            del config.quantization_config
+        return config
     except Exception as error:  # whatever a value of the wrong kind sets off in transformers
         reason = " ".join(str(error).split())
         raise LLMPruneError(f"transformers does not accept {file} ({reason}): download it again, or mend it.") from error
@@ -365,7 +390,7 @@ class Skeleton:
             _refuse_family(self.config.model_type)
         assert family is not None
         if family.experts:
-            unfuse(self.model, family.experts)
+            unfuse(self.model, family.experts, family.routers)
             shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters() if ".experts." in name}
             self.checkpoint = split_fused(self.checkpoint, shapes, family.experts)
         for name, buffer in self.model.named_buffers():
@@ -384,6 +409,9 @@ class Skeleton:
     def with_checkpoint(self, checkpoint: Checkpoint) -> Skeleton:
         """The same modules over another checkpoint with the same tensor names."""
         other = copy.copy(self)
+        # How many experts each block that has some has.
+        self.experts = 1 + max((linear.expert for linear in self.all_linears() if linear.expert is not None), default=-1)
+        self._buffers = {name for index in range(len(self.blocks)) for name in self._stored_buffers(index)}
         other.checkpoint = checkpoint
         return other
 
@@ -422,6 +450,10 @@ class Skeleton:
         renamed = name
         for part, stored_part in self.family.stored_as.items():
             renamed = renamed.replace(part, stored_part)
+    def share_of_tokens(self, linear: Linear) -> float:
+        """The share of all tokens that go through a linear, where an expert's is the mean."""
+        return 1.0 if linear.expert is None else self.config.num_experts_per_tok / self.experts
+
         candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
         if self.is_vision_language:
             candidates += stored_names(name)
@@ -438,7 +470,18 @@ class Skeleton:
         entries = self.checkpoint.entries
         tied = set(self.tied)
         names = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        buffers = ((name, self.model.get_buffer(name)) for name in sorted(self._buffers))
+        for name, parameter in chain(self.model.named_parameters(remove_duplicate=False), buffers):
+    def _stored_buffers(self, index: int) -> list[str]:
+        """Names of a block's buffers that are stored with the weights, as what balances DeepSeek-V3's experts."""
+        found = []
+        for path, module in self.blocks[index].named_modules():
+            for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
+                name = ".".join(part for part in (f"{self.blocks_path}.{index}", path, leaf) if part)
+                if self._stored_name(name):
+                    found.append(name)
+        return sorted(found)
+
             stored = self._stored_name(name)
             if stored is None:
                 if name in tied:
@@ -494,9 +537,10 @@ class Skeleton:
             yield from linears
 
     def block_parameters(self, index: int) -> list[str]:
-        """Names of a block's parameters in the model."""
+        """Names of a block's parameters in the model, and of the buffers stored with them."""
         prefix = f"{self.blocks_path}.{index}."
-        return [prefix + name for name, _ in self.blocks[index].named_parameters()]
+        names = [prefix + name for name, _ in self.blocks[index].named_parameters()]
+        return names + [name for name in sorted(self._buffers) if name.startswith(prefix)]
 
     def block_entries(self, index: int) -> dict[str, Entry]:
         """The block's tensors in the checkpoint, by parameter name."""
@@ -524,6 +568,10 @@ class Skeleton:
     def parameters(self) -> int:
         tied, own = set(self.tied), set(self.stored_names.values())
         # What of a vision-language model is no text decoder.
+    def active_parameters(self) -> float:
+        """Prunable parameters that a token goes through."""
+        return sum(linear.numel * self.share_of_tokens(linear) for linear in self.all_linears())
+
         beside = (entry.numel for name, entry in self.checkpoint.entries.items() if self.is_vision_language and name not in own)
         return sum(beside) + sum(
             parameter.numel() for name, parameter in self.model.named_parameters(remove_duplicate=False) if name not in tied
@@ -532,10 +580,12 @@ class Skeleton:
     def missed_matrices(self, index: int) -> list[str]:
         """Names of a block's matrices that have no role, hence would not be pruned."""
         known = {id(linear.module) for linear in self.linears[index]}
-        known |= {id(self.blocks[index].get_submodule(path)) for path in self.family.routers}
+        modules = dict(self.blocks[index].named_modules())
+        for path in [path for path, module in modules.items() if isinstance(module, Experts)]:
+            known |= {id(modules[f"{path.rpartition('.')[0]}.{name}"]) for name in self.family.routers}
         return [
             name
-            for name, module in self.blocks[index].named_modules()
+            for name, module in modules.items()
             if id(module) not in known and any(p.ndim > 1 for p in module.parameters(recurse=False))
         ]
 
@@ -592,13 +642,12 @@ class Skeleton:
                 linear.module.forward = partial(self._run_widened, linear)
         for name, tensor in stored.items():
             self.check(name, tensor)
-            dtype = tensor.dtype if name in narrow else self.dtype
+            dtype = tensor.dtype if name in narrow or name in self._buffers else self.dtype
             self._assign(name, nn.Parameter(tensor.to(self.device, dtype), requires_grad=False))
 
     def empty_block(self, index: int) -> None:
         """Drop a block's tensors."""
-        for name in self.block_parameters(index):
-            parameter = self.model.get_parameter(name)
+        for name, parameter in list(self.blocks[index].named_parameters(f"{self.blocks_path}.{index}")):
             self._assign(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         for linear in self.linears[index]:
             linear.stored = None
@@ -614,13 +663,19 @@ class Skeleton:
         wide = self._wide[: narrow.numel()].view(narrow.shape).copy_(narrow)
         linear.module._parameters["weight"] = nn.Parameter(wide, requires_grad=False)
         try:
+        if not args[0].numel():  # an expert without tokens, of which there may be many
+            return args[0].new_empty(0, linear.shape[0])
             return type(linear.module).forward(linear.module, *args)
         finally:
             linear.module._parameters["weight"] = narrow
 
     def _assign(self, name: str, parameter: nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")
-        self.model.get_submodule(owner)._parameters[leaf] = parameter
+        module = self.model.get_submodule(owner)
+        if name in self._buffers:
+            module._buffers[leaf] = parameter.data
+        else:
+            module._parameters[leaf] = parameter
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -59,8 +59,34 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 # Models with experts, whose matrices transformers keeps as 3-D parameters.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+# The first block is dense; attention goes through latent vectors.
+_DEEPSEEK = {
+    **_COMMON,
+    "intermediate_size": 28,
+    "moe_intermediate_size": HIDDEN,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 EXPERTS: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Its second block is dense.
+    "qwen3_moe": ("qwen3_moe", {**_LLAMA, **_EXPERTS, "moe_intermediate_size": 28, "mlp_only_layers": [1]}),
+    "olmoe": ("olmoe", {**_COMMON, **_EXPERTS, "intermediate_size": HIDDEN, "num_key_value_heads": 1}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_COMMON, **_EXPERTS, "num_key_value_heads": 1, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44},
+    ),
+    "deepseek_v2": ("deepseek_v2", {**_DEEPSEEK, "topk_method": "greedy"}),
+    "deepseek_v2_without_q_latent": ("deepseek_v2", {**_DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "n_group": 2, "topk_group": 1}),
 }
 # Models that see, too: a text decoder of a family above, and whatever else.
 _CLIP = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
@@ -92,7 +118,18 @@ VISION_LANGUAGE: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 # As in the published models: Qwen, GPT-NeoX and GPT-2 put no BOS before a text.
-_WITHOUT_BOS = {"qwen2", "qwen3", "olmo2", "gpt_neox", "gpt_neox_in_series", "gpt2", "qwen2_5_vl", "qwen3_vl"}
+_WITHOUT_BOS = {
+    "qwen2",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3",
+    "olmo2",
+    "gpt_neox",
+    "gpt_neox_in_series",
+    "gpt2",
+    "qwen2_5_vl",
+    "qwen3_vl",
+}
 
 
 def build(
@@ -110,6 +147,9 @@ def build(
             scale = torch.rand(parameter.shape[-1:], generator=generator) if parameter.ndim > 1 else 0.5
             start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(start + scale * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # stored with the weights
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer(with_bos=variant not in _WITHOUT_BOS).save_pretrained(folder)
     return folder
@@ -119,7 +159,9 @@ BLOCKS = {
     "opt": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers",
     "gpt2": "transformer.h",
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "mixtral"], "model.layers"),
+    **dict.fromkeys(
+        ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "mixtral"], "model.layers"
+    ),
 }
 
 
