@@ -403,15 +403,15 @@ class Skeleton:
             raise LLMPruneError(f"{directory / 'config.json'} describes a model without decoder blocks: nothing to prune.")
         self.tied = self._tied()
         self.linears = [self._linears(index, family) for index in range(len(self.blocks))]
+        # How many experts each block that has some has.
+        self.experts = 1 + max((linear.expert for linear in self.all_linears() if linear.expert is not None), default=-1)
+        self._buffers = {name for index in range(len(self.blocks)) for name in self._stored_buffers(index)}
         self.stored_names = self._match_names()
         self._wide: Tensor | None = None
 
     def with_checkpoint(self, checkpoint: Checkpoint) -> Skeleton:
         """The same modules over another checkpoint with the same tensor names."""
         other = copy.copy(self)
-        # How many experts each block that has some has.
-        self.experts = 1 + max((linear.expert for linear in self.all_linears() if linear.expert is not None), default=-1)
-        self._buffers = {name for index in range(len(self.blocks)) for name in self._stored_buffers(index)}
         other.checkpoint = checkpoint
         return other
 
@@ -444,16 +444,16 @@ class Skeleton:
         """Whether a linear's output is added to the residual stream as it is."""
         return linear.role in self.family.writers and linear.expert is None and linear.place not in self.family.scaled
 
+    def share_of_tokens(self, linear: Linear) -> float:
+        """The share of all tokens that go through a linear, where an expert's is the mean."""
+        return 1.0 if linear.expert is None else self.config.num_experts_per_tok / self.experts
+
     def _stored_name(self, name: str) -> str | None:
         """A parameter's name in the checkpoint, which may lack or carry the base model's prefix."""
         prefix = f"{self.model.base_model_prefix}."
         renamed = name
         for part, stored_part in self.family.stored_as.items():
             renamed = renamed.replace(part, stored_part)
-    def share_of_tokens(self, linear: Linear) -> float:
-        """The share of all tokens that go through a linear, where an expert's is the mean."""
-        return 1.0 if linear.expert is None else self.config.num_experts_per_tok / self.experts
-
         candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
         if self.is_vision_language:
             candidates += stored_names(name)
@@ -465,13 +465,6 @@ class Skeleton:
             return self.stored_names[name]
         return self.stored_names[name.removesuffix("bias") + "weight"].removesuffix("weight") + "bias"
 
-    def _match_names(self) -> dict[str, str]:
-        """Parameter name to name in the checkpoint."""
-        entries = self.checkpoint.entries
-        tied = set(self.tied)
-        names = {}
-        buffers = ((name, self.model.get_buffer(name)) for name in sorted(self._buffers))
-        for name, parameter in chain(self.model.named_parameters(remove_duplicate=False), buffers):
     def _stored_buffers(self, index: int) -> list[str]:
         """Names of a block's buffers that are stored with the weights, as what balances DeepSeek-V3's experts."""
         found = []
@@ -482,6 +475,13 @@ class Skeleton:
                     found.append(name)
         return sorted(found)
 
+    def _match_names(self) -> dict[str, str]:
+        """Parameter name to name in the checkpoint."""
+        entries = self.checkpoint.entries
+        tied = set(self.tied)
+        names = {}
+        buffers = ((name, self.model.get_buffer(name)) for name in sorted(self._buffers))
+        for name, parameter in chain(self.model.named_parameters(remove_duplicate=False), buffers):
             stored = self._stored_name(name)
             if stored is None:
                 if name in tied:
@@ -562,16 +562,16 @@ class Skeleton:
     def prunable_parameters(self) -> int:
         return sum(linear.numel for linear in self.all_linears())
 
+    def active_parameters(self) -> float:
+        """Prunable parameters that a token goes through."""
+        return sum(linear.numel * self.share_of_tokens(linear) for linear in self.all_linears())
+
     def decoder_parameters(self) -> int:
         return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
 
     def parameters(self) -> int:
         tied, own = set(self.tied), set(self.stored_names.values())
         # What of a vision-language model is no text decoder.
-    def active_parameters(self) -> float:
-        """Prunable parameters that a token goes through."""
-        return sum(linear.numel * self.share_of_tokens(linear) for linear in self.all_linears())
-
         beside = (entry.numel for name, entry in self.checkpoint.entries.items() if self.is_vision_language and name not in own)
         return sum(beside) + sum(
             parameter.numel() for name, parameter in self.model.named_parameters(remove_duplicate=False) if name not in tied
@@ -657,14 +657,14 @@ class Skeleton:
     def _run_widened(self, linear: Linear, *args: Tensor) -> Tensor:
         """A linear's forward with its weight in the dtype that forwards compute in."""
         narrow = linear.parameter
+        if not args[0].numel():  # an expert without tokens, of which there may be many
+            return args[0].new_empty(0, linear.shape[0])
         if self._wide is None:
             # Memory that stays: taking and returning it for every forward costs more than filling it.
             self._wide = torch.empty(max(each.numel for each in self.all_linears()), dtype=self.dtype, device=self.device)
         wide = self._wide[: narrow.numel()].view(narrow.shape).copy_(narrow)
         linear.module._parameters["weight"] = nn.Parameter(wide, requires_grad=False)
         try:
-        if not args[0].numel():  # an expert without tokens, of which there may be many
-            return args[0].new_empty(0, linear.shape[0])
             return type(linear.module).forward(linear.module, *args)
         finally:
             linear.module._parameters["weight"] = narrow
