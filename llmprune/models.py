@@ -266,10 +266,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     if raw.get("model_type") not in {*FAMILIES, *TYPES} and not raw.get("auto_map"):
         _refuse_family(raw.get("model_type"))
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        if method:  # packed, which is over once the weights are read
-            del config.quantization_config
-        return config
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a value of the wrong kind sets off in transformers
         reason = " ".join(str(error).split())
         raise LLMPruneError(f"transformers does not accept {file} ({reason}): download it again, or mend it.") from error
