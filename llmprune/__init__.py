@@ -16,16 +16,25 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .errors import LLMPruneError
+    from .exporting import Exported, export
     from .loading import load
     from .pruning import Result, prune
     from .recipe import Recipe
 
-__all__ = ["LLMPruneError", "Recipe", "Result", "__version__", "load", "prune"]
+__all__ = ["Exported", "LLMPruneError", "Recipe", "Result", "__version__", "export", "load", "prune"]
 
 # Models of blocks with different widths load with `AutoModelForCausalLM` from here on.
 registration.register_on_use()
 
-_HOMES = {"LLMPruneError": "errors", "Recipe": "recipe", "Result": "pruning", "load": "loading", "prune": "pruning"}
+_HOMES = {
+    "Exported": "exporting",
+    "LLMPruneError": "errors",
+    "Recipe": "recipe",
+    "Result": "pruning",
+    "export": "exporting",
+    "load": "loading",
+    "prune": "pruning",
+}
 
 
 def __getattr__(name: str) -> object:

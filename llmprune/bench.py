@@ -42,11 +42,10 @@ from .errors import LLMPruneError
 from .gguf import embedded_smollm2
 from .loading import check_model, load
 from .models import ALIASES, EMBEDDED, LENGTH_KEYS, load_tokenizer, resolve
-from .output import RECORD
 from .progress import bar
 from .pruning import Say
 from .recipe import Dtype, from_options, validated
-from .record import Record, read
+from .record import Record, find
 from .runtime.dispatch import check_backend, synchronize
 from .runtime.gating import apply
 from .settings import choose_device
@@ -143,8 +142,7 @@ def _entries(request: Request, say: Say) -> list[_Entry]:
 def _open(model: str, role: Role, request: Request, say: Say) -> _Entry:
     source = resolve(model, say=say)
     checkpoint = check_model(source.directory, trust_remote_code=request.trust_remote_code)
-    facts = read(source.directory) if (source.directory / RECORD).is_file() else None
-    return _Entry(role, source.name, model, checkpoint, Plan.load(source.directory), facts)
+    return _Entry(role, source.name, model, checkpoint, Plan.load(source.directory), find(source.directory))
 
 
 def _named(entries: list[_Entry]) -> list[_Entry]:

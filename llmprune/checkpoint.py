@@ -2,6 +2,8 @@
 
 Reading goes through plain `read` calls and not through a memory map, so that an I/O error or a file cut short
 while we run is an exception with a name in it and not a SIGBUS, and so that a prefetched block really is in memory.
+
+Matrices that are stored packed (see packing.py) look like any other tensor: they are unpacked when they are read.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import packing
 from .errors import LLMPruneError
 
 WEIGHTS = "model.safetensors"
@@ -46,22 +49,37 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The two tensors that are stored in the place of a matrix."""
+
+    format: packing.Format
+    values: Entry
+    places: Entry
+
+
+@dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Where one tensor lies. Of a packed one all but `offset`, which is that of its values, is as it is read."""
 
     file: Path
     offset: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    packed: Packed | None = None
 
     @property
     def numel(self) -> int:
         return self.nbytes // self.dtype.itemsize
 
+    @property
+    def stored(self) -> tuple[Entry, ...]:
+        """What lies on the disk: the tensor itself, or what it is packed in."""
+        return (self.packed.values, self.packed.places) if self.packed else (self,)
+
 
 class Checkpoint:
-    """The tensors of a safetensors checkpoint, by name. Opening one reads headers only."""
+    """The tensors of a safetensors checkpoint, by name, as they are read. Opening one reads headers only."""
 
     def __init__(self, directory: Path, entries: dict[str, Entry]) -> None:
         self.directory = directory
@@ -77,7 +95,7 @@ class Checkpoint:
         """
         entries: dict[str, Entry] = {}
         for file in _weight_files(directory):
-            entries.update(read_header(file))
+            entries.update(_weights(file))
         return cls(directory, entries)
 
     @property
@@ -86,15 +104,35 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Of all tensors as they are read."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors on the disk."""
+        return sum(part.nbytes for entry in self.entries.values() for part in entry.stored)
+
+    @property
+    def format(self) -> packing.Format | None:
+        """How matrices are packed, if any are."""
+        return next((entry.packed.format for entry in self.entries.values() if entry.packed), None)
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored dtype, in memory of its own.
 
         Raises:
-            LLMPruneError: the file became shorter than its header says.
+            LLMPruneError: the file became shorter than its header says, or holds a packed matrix that is damaged.
         """
         entry = self.entries[name]
+        parts = [self._read(name, part) for part in entry.stored]
+        if entry.packed is None:
+            return parts[0]
+        try:
+            return packing.unpack(*parts, entry.packed.format, entry.shape)
+        except ValueError as error:
+            raise LLMPruneError(f"{entry.file} is corrupt ({name!r}: {error}): download or copy the file again.") from error
+
+    def _read(self, name: str, entry: Entry) -> Tensor:
         storage = torch.empty(entry.nbytes, dtype=torch.uint8)
         # Unbuffered: each readinto goes straight into the tensor's memory.
         with reading(entry.file), open(entry.file, "rb", buffering=0) as stream:
@@ -117,10 +155,11 @@ class Checkpoint:
                 for name, entry in sorted(self.entries.items()):
                     if entry.file == file:
                         digest.update(f"{name}:{entry.dtype}:{entry.shape}".encode())
-                        for start in (0, entry.nbytes // 2, max(entry.nbytes - 4096, 0)):
-                            sample = buffer[: entry.nbytes - start]
-                            _fill(sample, stream, entry.offset + start, name)
-                            digest.update(sample)
+                        for part in entry.stored:
+                            for start in (0, part.nbytes // 2, max(part.nbytes - 4096, 0)):
+                                sample = buffer[: part.nbytes - start]
+                                _fill(sample, stream, part.offset + start, name)
+                                digest.update(sample)
         return digest.hexdigest()
 
 
@@ -164,11 +203,43 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file.
+    """The tensors of one safetensors file, as they are stored.
 
     Raises:
         LLMPruneError: the file is truncated, corrupt, or holds a dtype we cannot read.
     """
+    return _header(file)[0]
+
+
+def _weights(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, as they are read."""
+    entries, metadata = _header(file)
+    if packing.KEY not in metadata:
+        return entries
+    try:
+        described = json.loads(metadata[packing.KEY])
+        format = described["format"]
+        if format not in packing.PLACES:
+            raise LLMPruneError(
+                f"{file} stores its matrices as {format!r}, which this version of llmprune cannot read: upgrade llmprune."
+            )
+        for name, shape in described["shapes"].items():
+            values, places = entries[name], entries.pop(name + packing.PLACES[format])
+            found = tuple(packing.Part(part.dtype, part.shape) for part in (values, places))
+            if found != packing.parts(format, tuple(shape), values.dtype, values.numel):
+                raise ValueError(f"{name!r} does not fill its shape")
+            nbytes = _product(shape) * values.dtype.itemsize
+            packed = Packed(format, values, places)
+            entries[name] = Entry(file, values.offset, nbytes, values.dtype, tuple(shape), packed)
+    except LLMPruneError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LLMPruneError(f"{file} is corrupt ({error}): download or copy the file again.") from error
+    return entries
+
+
+def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of one safetensors file, as they are stored, and its metadata."""
     try:
         with reading(file), open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -176,11 +247,10 @@ def read_header(file: Path) -> dict[str, Entry]:
             if length > size - 8:
                 raise ValueError(f"its header claims {length} bytes")
             header = json.loads(stream.read(length))
+        metadata = dict(header.pop("__metadata__", None) or {})
         entries = {}
         end = 0
         for name, info in header.items():
-            if name == "__metadata__":
-                continue
             if info["dtype"] not in DTYPES:
                 raise LLMPruneError(
                     f"{file} stores {name!r} as {info['dtype']}, which llmprune cannot read: give a checkpoint in "
@@ -201,7 +271,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             f"{file} is {size} bytes long but its header describes {8 + length + end}: it is truncated or corrupt, "
             "download or copy it again."
         )
-    return entries
+    return entries, metadata
 
 
 @contextmanager
@@ -213,7 +283,7 @@ def reading(file: Path) -> Iterator[None]:
         raise LLMPruneError(f"Could not read {file} ({error.strerror}): check the disk and the file's rights.") from error
 
 
-def _product(shape: tuple[int, ...]) -> int:
+def _product(shape: Iterable[int]) -> int:
     result = 1
     for size in shape:
         result *= size
@@ -236,16 +306,38 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         OSError: the disk is full or not writable; nothing is left behind.
     """
+    layout = {name: packing.Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return stream_shard(file, layout, tensors.__getitem__)
+
+
+def stream_shard(
+    file: Path,
+    layout: Mapping[str, packing.Part],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """`write_shard` of tensors that need not be in memory together.
+
+    Args:
+        file: where to.
+        layout: dtype and shape of every tensor.
+        read: called with each name once, in the order of the file, for a contiguous tensor on the CPU.
+        metadata: what the file says besides.
+    """
     # The widest types first, so that every tensor is aligned to its own type.
-    ordered = sorted(tensors.items(), key=lambda item: (list(NAMES).index(item[1].dtype), item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    names = sorted(layout, key=lambda name: (list(NAMES).index(layout[name].dtype), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name in names:
+        begin, end = end, end + layout[name].nbytes
+        header[name] = {
+            "dtype": NAMES[layout[name].dtype],
+            "shape": list(layout[name].shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    parts = (tensor.view(-1).view(torch.uint8).numpy().data for _, tensor in ordered)
+    parts = (read(name).view(-1).view(torch.uint8).numpy().data for name in names)
     return _write_parts(file, chain([struct.pack("<Q", len(text)), text], parts))
 
 

@@ -52,6 +52,7 @@ class Row:
     disk_bytes: int | None
     values: dict[str, Value] = field(default_factory=dict)
     structured: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def pruned_row(directory: Path, record: Record) -> Row:
         weights_bytes(directory),
         values,
         record.structured,
+        record.storage is not None,
     )
 
 
@@ -151,7 +153,7 @@ def _dense_row(record: Record, group: Sequence[Row]) -> Row:
             if found.dense is not None:
                 values.setdefault(column, Value(found.dense, found.protocol))
     # Zeros take as much room as other weights.
-    as_large = next((row.disk_bytes for row in group if not row.structured), None)
+    as_large = next((row.disk_bytes for row in group if not (row.structured or row.packed)), None)
     disk_bytes = as_large or record.parameters.dense_bytes
     return Row(record.model.name, group[0].parent, "", "", 0.0, record.parameters.total, disk_bytes, values)
 

@@ -31,6 +31,7 @@ from .output import RECORD, held, write_record
 from .perplexity import check_unchanged, described, gates_of, identity, measure, numerics
 from .pruning import CPU_WINDOWS, Say
 from .recipe import Dtype, from_options, validated
+from .record import find
 from .scores import Scores, difference, keep, kept
 from .settings import CPU_SEQLEN, PAPER_SEQLEN, choose_device
 from .verify import read_record
@@ -366,7 +367,7 @@ def _write(evaluation: dict[str, dict[str, object]], request: Request, side: Sid
             write_text(request.output, json.dumps({"model": request.model, "evaluation": evaluation}, indent=2) + "\n")
         directory = side.checkpoint.directory
         # Not into a copy in some cache.
-        if Path(request.model).expanduser().is_dir() and (directory / RECORD).is_file():
+        if Path(request.model).expanduser().is_dir() and find(directory):
             with held(directory):
                 check_unchanged(side.checkpoint, side.identity)
                 record = read_record(directory)

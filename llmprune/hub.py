@@ -41,7 +41,7 @@ from .record import read
 from .structure import PLAN
 from .surgery import MODELING_FILE
 from .tables import weights_bytes
-from .verify import read_record, steps, verify
+from .verify import pruned_record, steps, verify
 
 # httpx's or httpx2's, whichever the client runs on: a connection that fails raises this, an answer of the Hub its subclass.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -98,7 +98,7 @@ def push(
         LLMPruneError: see `check`; the directory is not finished, or not what its record says; no write permission; the
             connection broke.
     """
-    record = read_record(directory)
+    record = pruned_record(directory)
     check(repo_id)
     with bar("verify", steps(record), quiet=quiet) as advance:
         problems = verify(directory, advance_progress=advance)

@@ -2,14 +2,15 @@
 
     model = llmprune.load("llama-sparse")
 
-Every format that llmprune writes is a Hugging Face directory that transformers loads, by our own classes where blocks have
-different widths (see registration.py); a format that is not gets a function beside `_plain`. A plan of gates that lies beside
+What llmprune writes is a Hugging Face directory that transformers loads, by our own classes where blocks have different widths
+(see registration.py); packed weights (see packing.py), which it refuses, are unpacked for it. A plan of gates that lies beside
 the weights is applied (see runtime/gating.py).
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +22,7 @@ from .errors import LLMPruneError
 from .gguf import quiet_transformers
 from .models import resolve
 from .output import RECORD, STATE
+from .packing import QUANTISATION
 from .recipe import from_options
 from .registration import register
 from .settings import choose_device
@@ -62,7 +64,7 @@ def load(
     directory = resolve(str(model), revision=revision).directory
     check_model(directory, trust_remote_code=trust_remote_code)
     plan = Plan.load(directory) if gated else None
-    loaded = _plain(directory, dtype or "auto", trust_remote_code=trust_remote_code)
+    loaded = load_weights(directory, dtype or "auto", trust_remote_code=trust_remote_code)
     loaded.to(torch.device(where))  # type: ignore[arg-type]
     loaded.eval()
     if plan:
@@ -102,23 +104,63 @@ def _known(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def _plain(directory: Path, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:
+def load_weights(directory: Path, dtype: str | torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model as transformers loads it, on the CPU, its weights packed or not.
+
+    Raises:
+        LLMPruneError: transformers cannot, or tensors are missing or damaged.
+    """
+    checkpoint = Checkpoint.open(directory)
+    load = _load_packed if checkpoint.format else _load_plain
     try:
         with quiet_transformers():
-            found = auto_class(directory).from_pretrained(
-                directory, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
-            )
+            model, missing = load(checkpoint, dtype, trust_remote_code=trust_remote_code)
+    except LLMPruneError:
+        raise
     except Exception as error:  # whatever a value or shape of the wrong kind sets off in transformers
         reason = " ".join(str(error).split())
         raise LLMPruneError(
             f"transformers cannot load {directory} as a causal language model ({reason}): download it again, or give another."
         ) from error
-    # Typed as the model alone, whatever output_loading_info says.
-    model, loading = cast("tuple[PreTrainedModel, dict[str, set[str]]]", found)
-    if missing := sorted(loading["missing_keys"]):
+    if missing:
         # transformers fills them with random numbers.
         raise LLMPruneError(
             f"{directory} lacks {len(missing)} tensors that its config.json calls for, {missing[0]} among them: the checkpoint "
             "is incomplete or belongs to another configuration."
         )
     return model
+
+
+Loaded = tuple["PreTrainedModel", list[str]]
+
+
+def _load_plain(checkpoint: Checkpoint, dtype: str | torch.dtype, *, trust_remote_code: bool) -> Loaded:
+    """The model and the names of what its files lack."""
+    found = auto_class(checkpoint.directory).from_pretrained(
+        checkpoint.directory, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+    )
+    return _with_missing(found)
+
+
+def _load_packed(checkpoint: Checkpoint, dtype: str | torch.dtype, *, trust_remote_code: bool) -> Loaded:
+    """The same of weights that are unpacked here: transformers takes weights from memory for a class of models only."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    if hasattr(config, QUANTISATION):
+        delattr(config, QUANTISATION)
+    with torch.device("meta"):
+        kind = type(auto_class(checkpoint.directory).from_config(config, trust_remote_code=trust_remote_code))
+    weights = {name: checkpoint.read(name) for name in checkpoint.entries}
+    found = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    model, missing = _with_missing(found)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.directory)
+    with suppress(OSError):  # where there is none it follows from the configuration
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    return model, missing
+
+
+def _with_missing(found: object) -> Loaded:
+    # Typed as the model alone, whatever output_loading_info says.
+    model, loading = cast("tuple[PreTrainedModel, dict[str, set[str]]]", found)
+    return model, sorted(loading["missing_keys"])

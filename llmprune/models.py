@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from . import gguf
+from . import gguf, packing
 from .checkpoint import Checkpoint, Entry, reading
 from .errors import LLMPruneError
 from .experts import PARTS, Experts, Names, split_fused, unfuse
@@ -258,18 +258,27 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
             f"{directory} asks to run Python code of its own (auto_map in config.json): read that code, then pass "
             "--trust-remote-code if you trust it."
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    method = quantisation(raw)
+    if method not in (None, packing.METHOD):
         raise LLMPruneError(
             f"{directory} is quantised ({method}): prune the unquantised model first, then quantise the result."
         )
     if raw.get("model_type") not in {*FAMILIES, *TYPES} and not raw.get("auto_map"):
         _refuse_family(raw.get("model_type"))
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if method:  # packed, which is over once the weights are read
+            del config.quantization_config
+        return config
     except Exception as error:  # whatever a value of the wrong kind sets off in transformers
         reason = " ".join(str(error).split())
         raise LLMPruneError(f"transformers does not accept {file} ({reason}): download it again, or mend it.") from error
+
+
+def quantisation(config: Mapping[str, object]) -> str | None:
+    """The method that the content of a config.json says its weights are quantised by, `llmprune` for packed ones."""
+    found = config.get(packing.QUANTISATION)
+    return str(dict(found).get("quant_method", "unknown")) if isinstance(found, dict) and found else None
 
 
 def _refuse_family(model_type: str | None) -> None:

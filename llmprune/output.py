@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO, TypedDict, cast
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .checkpoint import INDEX, Checkpoint, Entry, hash_file, read_header, reading, write_file, write_shard, write_text
 from .errors import LLMPruneError
+from .packing import config_as_stored
 
 RECORD = "llmprune.json"
 RECIPE = "recipe.yaml"
@@ -267,15 +268,7 @@ class Output:
 
     def check_space(self) -> None:
         """Raise `LLMPruneError` if what remains to be written does not fit on the disk."""
-        done = set(self.journal.files())
-        needed = sum(
-            self.checkpoint.entries[name].nbytes
-            for group in self._shards
-            for file, names in group
-            if file not in done
-            for name in names
-        )
-        check_space(self.directory, needed)
+        check_space(self.directory, sum(self.checkpoint.entries[name].nbytes for name in self.unwritten()))
 
     def write_outer(self) -> None:
         """Copy everything outside the blocks, one shard's worth in memory at a time."""
@@ -300,6 +293,21 @@ class Output:
                 files[file] = write_shard(self.directory / file, {name: left.pop(name).contiguous() for name in taken})
         with self.writing("the journal"):
             self.journal.record(f"block {index}", files, facts)
+
+    def write_group(self, index: int, write: Callable[[Path, Sequence[str]], str]) -> None:
+        """As `write_block`, but a function writes each shard: it gets the file and the names of what it holds, and returns its
+        SHA-256."""
+        files = {}
+        for file, names in self._shards[index + 1]:
+            with self.writing(file):
+                files[file] = write(self.directory / file, names)
+        with self.writing("the journal"):
+            self.journal.record(f"block {index}", files, {})
+
+    def unwritten(self) -> list[str]:
+        """The names of what no finished step has written."""
+        done = set(self.journal.files())
+        return [name for group in self._shards for file, names in group if file not in done for name in names]
 
     def write_progress(self, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         """Keep what a method has so far, in place of what it had before. A crash leaves one of the two."""
@@ -364,11 +372,11 @@ class Output:
         steps = {str(step["step"]): step["facts"] for step in map(unsealed, lines)}
         return [cast("dict[str, object]", steps[f"block {index}"]) for index in blocks]
 
-    def finish(self, recipe: str, record: Facts, changed: Mapping[str, bytes] | None = None) -> None:
+    def finish(self, recipe: str | None, record: Facts, changed: Mapping[str, bytes] | None = None) -> None:
         """Make the directory a model: configuration, tokenizer, index, recipe, and last the record.
 
         Args:
-            recipe: as YAML.
+            recipe: as YAML; None where nothing was pruned.
             record: what the record says besides hashes.
             changed: files that are not, or not as they are, copied from the source, by name.
         """
@@ -386,12 +394,14 @@ class Output:
                     if file.is_file() and file.name not in changed:
                         with reading(file):
                             content = file.read_bytes()
+                        if file.name == "config.json":
+                            content = config_as_stored(content, None)
                         copied[file.name] = write_file(self.directory / file.name, content)
             for name, content in changed.items():
                 copied[name] = write_file(self.directory / name, content)
             full = {
                 "identity": self.identity,
-                "recipe_sha256": write_text(self.directory / RECIPE, recipe),
+                **({} if recipe is None else {"recipe_sha256": write_text(self.directory / RECIPE, recipe)}),
                 # With its index the directory is a model, so everything else has been written.
                 "index_sha256": write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n"),
                 "copied": copied,

@@ -13,7 +13,7 @@ from .errors import LLMPruneError
 from .output import RECORD
 from .recipe import STRUCTURED
 from .surgery import MODELING_FILE
-from .verify import read_record
+from .verify import pruned_record, read_record
 
 UNITS = {"ffn": "FFN channels", "heads": "attention heads"}
 
@@ -227,6 +227,23 @@ class TokenPerplexity(BaseModel):
     difference: Difference | None = None
 
 
+class Storage(BaseModel):
+    """How `llmprune export` has packed the weights: `packed` matrices of them, and not the `dense` ones.
+
+    `bytes` are in the files, `dense_bytes` would be if nothing were packed.
+    """
+
+    format: str
+    bytes: int
+    dense_bytes: int
+    packed: int
+    dense: list[str]
+
+    @property
+    def share(self) -> float:
+        return self.bytes / self.dense_bytes
+
+
 class HeldOut(BaseModel):
     before: float
     after: float
@@ -275,6 +292,7 @@ class Record(BaseModel):
     dense_widths: dict[str, int | list[int]] = {}
     recovery: Recovery | None = None
     gating: Gating | None = None
+    storage: Storage | None = None
     copied: dict[str, str] = {}
 
     @property
@@ -345,11 +363,16 @@ def read(directory: Path) -> Record:
     """The record of a finished output directory.
 
     Raises:
-        LLMPruneError: there is none, it is damaged, or the run is not finished.
+        LLMPruneError: there is none, it is damaged, the run is not finished, or nothing was pruned.
     """
     try:
-        return Record.model_validate(read_record(directory))
+        return Record.model_validate(pruned_record(directory))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise LLMPruneError(f"{directory / RECORD} is damaged ({place}: {first['msg']}): prune again.") from error
+
+
+def find(directory: Path) -> Record | None:
+    """The record of a model directory, if it is one of a pruned model. Raises `LLMPruneError` if it is damaged."""
+    return read(directory) if (directory / RECORD).is_file() and "recipe" in read_record(directory) else None

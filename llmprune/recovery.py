@@ -35,12 +35,13 @@ from .errors import LLMPruneError
 from .models import Skeleton, load_tokenizer, resolve
 from .options import Role
 from .output import RECIPE, Output, check_directory, check_space, settled_recipe
+from .packing import config_as_stored
 from .pruning import Result, peak_rss, versions
 from .recipe import from_options, validated
 from .sampling import sample_from_model
 from .settings import CPU_SEQLEN, PAPER_SEQLEN, choose_device, choose_dtype
 from .training import HOLDOUT, LOOKS, MICRO_TOKENS, Trainer
-from .verify import read_record
+from .verify import pruned_record, read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,10 @@ SAMPLES, STEP_TOKENS = (256, 1024), (1024, 32_768)
 # What the record keeps of a linear; how well its pruned weights matched the dense ones is over once they are trained.
 LINEAR_FACTS = ("role", "shape", "tensor", "transposed", "zeros", "outlier_ratio")
 # What of the pruned model's record is not so for the recovered one.
-OUTDATED = ("identity", "recipe_sha256", "index_sha256", "copied", "shards", "perplexity", "evaluation", "peak_gpu_bytes")
+OUTDATED = (
+    *("identity", "recipe_sha256", "index_sha256", "copied", "shards", "storage", "perplexity", "evaluation"),
+    "peak_gpu_bytes",
+)
 
 
 class Options(BaseModel):
@@ -144,7 +148,7 @@ def run(directory: Path, options: Options, *, say: Say, quiet: bool) -> Result:
     started = time.time()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LLMPruneError(f"Recovery trains in one process and was started in {os.environ['WORLD_SIZE']}: start one.")
-    parent = read_record(directory)
+    parent = pruned_record(directory)
     place = options.output or default_output(directory)
     check_directory(place, directory, overwrite=options.overwrite)
     earlier = {} if options.overwrite else _earlier(place)
@@ -182,6 +186,7 @@ def run(directory: Path, options: Options, *, say: Say, quiet: bool) -> Result:
                 record["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
             # Whatever made the pruned directory a model goes along, also files of a method's own.
             others = {name: (directory / name).read_bytes() for name in parent["copied"]}
+            others["config.json"] = config_as_stored(others["config.json"], None)
             output.finish((directory / RECIPE).read_text(encoding="utf-8"), record, others)
         card.write(place)
         return Result(place, output.read_record())

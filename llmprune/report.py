@@ -102,7 +102,8 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
     drawn = {picture.name: picture for picture in _pictures(record)}
     evaluation = record.evaluation
     # Zeros take as much room as other weights.
-    dense_bytes = record.parameters.dense_bytes if record.kept else disk_bytes
+    smaller = bool(record.kept) or record.storage is not None
+    dense_bytes = record.parameters.dense_bytes if smaller else disk_bytes
     recipe = {key: value for key, value in record.recipe.items() if key not in ("output", "overwrite")}
     html = fill(
         "report.html.j2",
@@ -110,7 +111,7 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
         pictures=drawn,
         disk_bytes=disk_bytes,
         dense_bytes=dense_bytes,
-        dense_size="" if dense_bytes is None else "same as dense" if not record.kept else f"dense {size(dense_bytes)}",
+        dense_size="" if dense_bytes is None else "same as dense" if not smaller else f"dense {size(dense_bytes)}",
         use=use_of(record),
         simulated=SIMULATED,
         perplexities=perplexities(record),

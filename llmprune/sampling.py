@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .calibration import random_ids
 from .errors import LLMPruneError
-from .gguf import quiet_transformers
+from .loading import load_weights
 from .progress import bar
-from .vision_language import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,10 +71,7 @@ def sample_from_model(
     from safetensors.torch import save_file
 
     with private:
-        with quiet_transformers():
-            model = auto_class(model_dir).from_pretrained(
-                model_dir, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
+        model = load_weights(model_dir, dtype, trust_remote_code=trust_remote_code)
         model.to(torch.device(device))  # type: ignore[arg-type]
         ids_NT = _generate(model.eval(), samples, seqlen, seed, quiet=quiet)
         # Written aside and renamed: another process that samples the same never sees half a file.

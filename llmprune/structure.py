@@ -22,6 +22,7 @@ from .anatomy import anatomy as anatomy_of
 from .checkpoint import reading
 from .errors import LLMPruneError
 from .models import Linear, Skeleton
+from .packing import config_as_stored
 from .recipe import Recipe
 from .stream import Block
 from .surgery import Plan
@@ -197,7 +198,7 @@ class Surgeon:
 
     def files(self) -> dict[str, bytes]:
         """What lies beside the weights because of the surgery: config.json, the plan, code where stock classes do not do."""
-        config = json.loads((self.skeleton.checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(config_as_stored((self.skeleton.checkpoint.directory / "config.json").read_bytes(), None))
         plan = self.plan()
         changed, needs_code = surgery.config_json(config, plan, self.anatomy, self.recipe.format)
         files = {PLAN: plan.to_json().encode(), "config.json": (json.dumps(changed, indent=2) + "\n").encode()}

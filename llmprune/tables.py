@@ -75,6 +75,11 @@ def budget(record: Record) -> str:
 def use_of(record: Record) -> str:
     """What the removed weights change, and what they do not."""
     loads = loads_with(record)
+    if record.storage:
+        return (
+            f"Stored without loss as {record.storage.format}, in {record.storage.share:.2f} of the bytes on disk; in memory it "
+            f"is as large and as fast as before. It {loads}."
+        )
     if record.structured:
         return {
             "auto": f"Smaller matrices: smaller on disk and faster everywhere, with no special kernel; {loads}.",
@@ -98,6 +103,8 @@ def use_of(record: Record) -> str:
 
 def loads_with(record: Record) -> str:
     """What is needed to load the model."""
+    if record.storage:
+        return "loads with `llmprune.load`, and with stock transformers after `llmprune export DIR --format dense`"
     if record.needs_code:
         uneven = record.format == "auto" and any(len(set(widths)) > 1 for widths in record.kept.values())
         why = "widths differ between blocks: " if uneven else ""

@@ -36,7 +36,9 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     for file in sorted(path.name for path in directory.glob("model*.safetensors")):
         if file not in record["shards"]:
             problems.append(f"{file} does not belong to this model.")
-    written = {RECIPE: record["recipe_sha256"], INDEX: record["index_sha256"]}
+    written = {INDEX: record["index_sha256"]}
+    if "recipe_sha256" in record:
+        written[RECIPE] = record["recipe_sha256"]
     for file, digest in {**record["shards"], **record["copied"], **written}.items():
         path = directory / file
         if not path.is_file():
@@ -47,6 +49,8 @@ def verify(directory: Path, *, advance_progress: Callable[[str], None] = lambda 
     if problems:
         return problems
     checkpoint = Checkpoint.open(directory)
+    if "recipe" not in record:
+        return []  # nothing of llmprune's making but how it is stored
     plan, problems = _plan_of(directory, record)
     for name, fact in record["linears"].items():
         weight = checkpoint.read(fact["tensor"])
@@ -102,7 +106,7 @@ def _recipe_of(name: str, record: dict) -> dict:  # type: ignore[type-arg]
 
 def steps(record: dict) -> int:  # type: ignore[type-arg]
     """How often `verify` advances: once for every file, the index and the recipe among them, and every linear."""
-    return sum(len(record[key]) for key in ("shards", "copied", "linears")) + 2
+    return sum(len(record.get(key, ())) for key in ("shards", "copied", "linears")) + 1 + ("recipe_sha256" in record)
 
 
 def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
@@ -116,6 +120,21 @@ def read_record(directory: Path) -> dict:  # type: ignore[type-arg]
             raise LLMPruneError(f"{directory} holds an unfinished run: give its prune command again to finish it.")
         raise LLMPruneError(f"{directory} holds no {RECORD}: give a directory that llmprune wrote.")
     return output.read_record(directory)
+
+
+def pruned_record(directory: Path) -> dict:  # type: ignore[type-arg]
+    """`read_record`, of a pruned model.
+
+    Raises:
+        LLMPruneError: see `read_record`; or llmprune has packed the model and not pruned it.
+    """
+    record = read_record(directory)
+    if "recipe" not in record:
+        raise LLMPruneError(
+            f"{directory} is a model that llmprune has packed and not pruned, so there is nothing to say of its pruning: give "
+            "what `llmprune prune` wrote, or an export of that."
+        )
+    return record
 
 
 def _check_linear(weight_OI: Tensor, fact: dict, recipe: dict) -> list[str]:  # type: ignore[type-arg]

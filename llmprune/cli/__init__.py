@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import LLMPruneError
-from . import bench, compare, env, eval, methods, models, plan, prune, push, recover, report, sweep, verify
+from . import bench, compare, env, eval, export, methods, models, plan, prune, push, recover, report, sweep, verify
 
 app = typer.Typer(
     name="llmprune",
@@ -43,6 +43,7 @@ app.command("plan", help="Predict what `prune` with the same options will cost, 
 app.command("verify", help="Check a pruned directory against its record.")(verify.command)
 app.command("eval", help="Score a model on the harness's tasks, beside its dense parent.")(eval.command)
 app.command("bench", help="Measure how fast a model writes text here, beside what the bytes it reads allow.")(bench.command)
+app.command("export", help="Store a model's zeros in fewer bytes, or turn such a model back.")(export.command)
 app.command("report", help="Write one HTML page, with pictures, about a pruned model.")(report.command)
 app.command("recover", help="Train a pruned model's low-rank adapters for a while and merge them; masks stay.")(recover.command)
 app.command("push", help="Share a pruned model on the Hugging Face Hub.")(push.command)

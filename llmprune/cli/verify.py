@@ -27,7 +27,14 @@ def command(
     if quiet:
         return
     whole = f"{directory} is whole: {len(record['shards'])} shards have the recorded SHA-256, "
-    if is_structured(record):
+    if storage := record.get("storage"):
+        print(
+            f"Its weights are packed as {storage['format']}: {storage['bytes']} bytes of {storage['dense_bytes']} "
+            f"({storage['bytes'] / storage['dense_bytes']:.3f})."
+        )
+    if "recipe" not in record:
+        print(f"{whole[:-2]}.")
+    elif is_structured(record):
         print(f"{whole}weights and configuration are as planned ({budget(read(directory))}), no weight is NaN or -0.0.")
     else:
         print(
