@@ -15,7 +15,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)},
@@ -35,7 +35,6 @@ class Compiled:
         shared: bytes of shared memory.
         loads: instructions that load from global memory, by their width.
         opcodes: instructions of the binary, by their full name, as HMMA.SP.16832.F32.BF16.
-        ptx: for NVIDIA, what `ptxemu.run` takes (of sm_80).
     """
 
     registers: int
@@ -43,7 +42,6 @@ class Compiled:
     shared: int
     loads: Counter[str]
     opcodes: Counter[str]
-    ptx: str
 
 
 def compile_for(
@@ -54,7 +52,29 @@ def compile_for(
     divisible: Collection[str] | None = None,
     **options,
 ) -> Compiled:
-    """Compile a @triton.jit or @gluon.jit function.
+    """What the binary says of a kernel; arguments as `binary`."""
+    built = binary(kernel, target, signature, constants, divisible, **options)
+    shared = built.metadata.shared
+    if target.startswith("sm"):
+        registers, opcodes = _nvidia(built.asm["cubin"])
+        spills = sum(count for name, count in opcodes.items() if name.startswith(("LDL", "STL")))
+        loads = Counter(re.findall(r"ld\.global\S*?\.(v\d\.[bfu]\d+|[bfus]\d+)\s", built.asm["ptx"]))
+        return Compiled(registers, spills, shared, loads, opcodes)
+    text = built.asm["amdgcn"]
+    registers, spills = _number(text, "vgpr_count"), _number(text, "vgpr_spill_count") + _number(text, "sgpr_spill_count")
+    loads = Counter(re.findall(r"(?:global|buffer)_load_(\w+)", text))
+    return Compiled(registers, spills, shared, loads, Counter(re.findall(r"^\s+([a-z]+_\w+)", text, re.MULTILINE)))
+
+
+def binary(
+    kernel,
+    target: str,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    divisible: Collection[str] | None = None,
+    **options,
+) -> CompiledKernel:
+    """Compile a @triton.jit or @gluon.jit function; its `asm["ptx"]` and `metadata.shared` are what `ptxemu.run` takes.
 
     Args:
         target: a key of TARGETS.
@@ -69,18 +89,7 @@ def compile_for(
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in (signature if divisible is None else divisible)}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = _source_class(kernel)(fn=kernel, signature=types, constexprs=values, attrs=attributes)
-    binary = triton.compile(source, target=TARGETS[target], options=options)
-    shared = binary.metadata.shared
-    if target.startswith("sm"):
-        ptx = binary.asm["ptx"]
-        registers, opcodes = _nvidia(binary.asm["cubin"])
-        spills = sum(count for name, count in opcodes.items() if name.startswith(("LDL", "STL")))
-        loads = Counter(re.findall(r"ld\.global\S*?\.(v\d\.[bfu]\d+|[bfus]\d+)\s", ptx))
-        return Compiled(registers, spills, shared, loads, opcodes, ptx)
-    text = binary.asm["amdgcn"]
-    registers, spills = _number(text, "vgpr_count"), _number(text, "vgpr_spill_count") + _number(text, "sgpr_spill_count")
-    loads = Counter(re.findall(r"(?:global|buffer)_load_(\w+)", text))
-    return Compiled(registers, spills, shared, loads, Counter(re.findall(r"^\s+([a-z]+_\w+)", text, re.MULTILINE)), "")
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def _source_class(kernel) -> type[ASTSource]:

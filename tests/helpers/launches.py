@@ -46,16 +46,19 @@ class Launch:
     executed: Counter[str] = field(default_factory=Counter)
 
     def compile(self, target: str) -> aot.Compiled:
-        """As the launcher would: it knows which pointers and sizes are multiples of 16."""
-        types = {name: _type(value) for name, value in self.arguments.items()}
-        divisible = [name for name, value in self.arguments.items() if _divisible(value)]
-        return aot.compile_for(self.kernel, target, types, self.constants, divisible, **self.options)
+        """What the binary says of it, compiled as the launcher would: it knows which pointers and sizes are multiples of 16."""
+        return aot.compile_for(*self._source(target), **self.options)
 
     def run(self) -> None:
-        compiled = self.compile("sm_80")
-        found = ptxemu.run(compiled.ptx, self.grid, list(self.arguments.values()), compiled.shared)
+        built = aot.binary(*self._source("sm_80"), **self.options)
+        found = ptxemu.run(built.asm["ptx"], self.grid, list(self.arguments.values()), built.metadata.shared)
         self.fetched = dict(zip(self.arguments, found.fetched, strict=True))
         self.executed = found.executed
+
+    def _source(self, target: str) -> tuple[object, str, dict[str, str], dict[str, object], list[str]]:
+        types = {name: _type(value) for name, value in self.arguments.items()}
+        divisible = [name for name, value in self.arguments.items() if _divisible(value)]
+        return self.kernel, target, types, self.constants, divisible
 
 
 class Launches:

@@ -1,7 +1,7 @@
 """Run the PTX of a compiled kernel in numpy: what the compiler made of it, checked without a GPU.
 
-    compiled = aot.compile_for(kernel, "sm_80", signature, constants, num_warps=4)
-    run = ptxemu.run(compiled.ptx, (programs, splits), [x, weight, y, rows], compiled.shared)
+    built = aot.binary(kernel, "sm_80", signature, constants, num_warps=4)
+    run = ptxemu.run(built.asm["ptx"], (programs, splits), [x, weight, y, rows], built.metadata.shared)
     run.fetched[1] / weight.nbytes            # what the warps asked for, in sectors of 32 bytes
 
 Or, with the kernel's own launcher, see `launches.Launches`.

@@ -5,18 +5,19 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from aot import compile_for  # noqa: E402
+from aot import binary  # noqa: E402
 from launches import Launches  # noqa: E402
 from ptx import EmulationError  # noqa: E402
 from ptxemu import run  # noqa: E402
 
-
 complete = pytest.mark.complete
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @triton.jit
@@ -125,14 +126,14 @@ def test_bytes_are_those_of_the_sectors_of_every_load():
 
 
 def test_beyond_a_tensor_and_misaligned_are_refused():
-    compiled = compile_for(copied, "sm_80", {"x_ptr": "*fp32", "y_ptr": "*fp32", "size": "i32"}, {"BLOCK": 256}, num_warps=1)
+    compiled = binary(copied, "sm_80", {"x_ptr": "*fp32", "y_ptr": "*fp32", "size": "i32"}, {"BLOCK": 256}, num_warps=1)
     x, y = torch.randn(1000), torch.zeros(1000)
     with pytest.raises(EmulationError, match=r"out of bounds: bytes \d+ to \d+ of tensor 0, which has 3996"):
-        run(compiled.ptx, (4,), [x[:999], y, 1000], compiled.shared)
+        run(compiled.asm["ptx"], (4,), [x[:999], y, 1000], compiled.metadata.shared)
     with pytest.raises(EmulationError, match="of tensor 1, which has 2000"):
-        run(compiled.ptx, (4,), [x, y[:500], 1000], compiled.shared)
+        run(compiled.asm["ptx"], (4,), [x, y[:500], 1000], compiled.metadata.shared)
     with pytest.raises(EmulationError, match="misaligned: 16 bytes of tensor 0 at byte"):
-        run(compiled.ptx.replace("[%rd1+512]", "[%rd1+516]").replace("[ %rd1 + 0 ]", "[ %rd1 + 4 ]"), (1,), [x, y, 1000])
+        run(compiled.asm["ptx"].replace("[%rd1+512]", "[%rd1+516]").replace("[ %rd1 + 0 ]", "[ %rd1 + 4 ]"), (1,), [x, y, 1000])
 
 
 BARRIER = """
@@ -171,9 +172,14 @@ def test_a_copy_that_nobody_waits_for_has_not_arrived():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(32, 32, generator=generator).bfloat16() for _ in range(2))
     types = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", **dict.fromkeys(("M", "N", "K", "stride"), "i32")}
-    compiled = compile_for(product, "sm_80", types, {"BLOCK": 32, "DEPTH": 32}, num_warps=4, num_stages=2)
-    assert "cp.async.wait_group" in compiled.ptx
+    compiled = binary(product, "sm_80", types, {"BLOCK": 32, "DEPTH": 32}, num_warps=4, num_stages=2)
+    assert "cp.async.wait_group" in compiled.asm["ptx"]
     for wait, arrives in (("cp.async.wait_group", True), ("// cp.async.wait_group", False)):
         c = torch.zeros(32, 32)
-        run(compiled.ptx.replace("cp.async.wait_group", wait), (1, 1), [a, b, c, 32, 32, 32, 32], compiled.shared)
+        run(
+            compiled.asm["ptx"].replace("cp.async.wait_group", wait),
+            (1, 1),
+            [a, b, c, 32, 32, 32, 32],
+            compiled.metadata.shared,
+        )
         assert torch.allclose(c, a.float() @ b.float(), atol=1e-4) == arrives
