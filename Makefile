@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTHON := $(abspath $(VENV))/bin/python
 INSTALLED := $(VENV)/.llmprune-installed
 
-.PHONY: venv demo test test-crash check format bench clean
+.PHONY: venv demo test test-crash test-kernels test-gpu check format bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 venv: $(INSTALLED)
@@ -29,6 +29,14 @@ test: venv
 test-crash: venv
 	LLMPRUNE_KILLS=50 $(PYTHON) -m pytest tests/test_survival.py -k killed
 
+# The GPU kernels, compiled for every GPU that they are for and run in an emulator: without one.
+test-kernels: venv
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "" tests/kernels $(ARGS)
+
+# Where there is no GPU, every test says so.
+test-gpu: venv
+	$(PYTHON) -m pytest -m needs_cuda tests/kernels $(ARGS)
+
 check: venv
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -40,6 +48,9 @@ format: venv
 
 bench: venv
 	set -e; for script in evals/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+bench-gpu: venv
+	$(PYTHON) evals/bench/bench_gpu_kernels.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
