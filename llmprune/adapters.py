@@ -57,15 +57,15 @@ class Adapter:
             slopes.view(shape) for slopes, shape in zip(slopes_P.split(sizes), shapes, strict=True)
         )
 
-    def run(self, inputs: Tensor) -> Tensor:
-        """The linear's forward with the adapter."""
+    def run(self, inputs: Tensor, *sizes: list[int]) -> Tensor:
+        """The linear's forward with the adapter. `sizes`: see `experts.RoutedLinear`."""
         module = self.linear.module
         if self.place.keeps_zeros:
             weight_OI = self.linear.parameter.T if self.linear.transposed else self.linear.parameter
             output: Tensor = _Masked.apply(inputs, weight_OI, self.down_RI, self.up_OR, module.bias)
             return output
         down_RI, up_OR = (each.to(inputs.dtype) for each in (self.down_RI, self.up_OR))
-        dense: Tensor = type(module).forward(module, inputs)
+        dense: Tensor = type(module).forward(module, inputs, *sizes)
         return dense + GAIN * product(product(inputs, down_RI), up_OR)
 
     def merged(self, stored: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from .errors import LLMPruneError
 from .models import Linear, Skeleton
+from .statistics import Samples, by_sample
 
 Fisher = Literal["token", "sequence"]
 Target = Literal["text", "dense"]
@@ -41,13 +42,15 @@ class Probe:
         self.linear, self.block_N, self.fisher, self.stride = linear, block_N, fisher, stride
         # The sum over the sequences of the gradients of their losses, float32.
         self.gradient_OI = torch.zeros(linear.shape, device=linear.parameter.device)
-        self.sequences = self.positions = 0
+        self.sequences = self.positions = self.length = 0
         self._rows: list[Tensor] = []
         # Inputs and slopes of each sequence, while the block is unknown.
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, inputs_BTI: Tensor, slopes_BTO: Tensor) -> None:
-        """Add sequences. One at a time, so that the sums do not depend on how they were batched."""
+    def update(self, inputs_BTI: Samples, slopes_BTO: Samples, length: int) -> None:
+        """Add sequences of `length` positions, of which an expert sees some. One at a time, so that the sums do not depend on
+        how they were batched."""
+        self.length = length
         for inputs_TI, slopes_TO in zip(inputs_BTI, slopes_BTO, strict=True):
             self.gradient_OI.addmm_(slopes_TO.float().T, inputs_TI.float())
             if self.block_N is None:
@@ -55,16 +58,19 @@ class Probe:
             else:
                 self._rows.append(self._gradients(inputs_TI, slopes_TO))
             self.sequences += 1
-            self.positions += len(inputs_TI)
+            self.positions += length
 
     def _gradients(self, inputs_TI: Tensor, slopes_TO: Tensor) -> Tensor:
         """The block's gradients at each position taken, times the number of positions, or of the sequence: [rows, N]."""
         assert self.block_N is not None
         row_N, column_N = self.block_N // self.linear.shape[1], self.block_N % self.linear.shape[1]
-        tokens = len(inputs_TI)
         taken = slice(len(self._rows) % self.stride, None, self.stride) if self.fisher == "token" else slice(None)
         part_TN = slopes_TO[taken].float()[:, row_N] * inputs_TI[taken].float()[:, column_N]
-        return part_TN * tokens if self.fisher == "token" else part_TN.sum(dim=0, keepdim=True)
+        if self.fisher == "sequence":
+            return part_TN.sum(dim=0, keepdim=True)
+        # The gradients at positions that were not routed to the linear's expert are zero.
+        others = len(range(self.length)[taken]) - len(part_TN)
+        return pad(part_TN * self.length, (0, 0, 0, others))
 
     def look_at(self, block_N: Tensor) -> None:
         """Say which weights, where that was left open."""
@@ -96,12 +102,13 @@ def differentiate(
     total = 0.0
 
     def see(probe: Probe, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs = args[0].detach()
+        inputs, sizes = args[0].detach(), args[1:]
         if not output.requires_grad:
             output.requires_grad_()
 
         def take(slopes: Tensor) -> None:
-            probe.update(*(each.reshape(len(part_BT), -1, each.shape[-1]) for each in (inputs, slopes)))
+            inputs_BTI, slopes_BTO = (by_sample((each, *sizes), len(part_BT)) for each in (inputs, slopes))
+            probe.update(inputs_BTI, slopes_BTO, part_BT.shape[1])
 
         output.register_hook(take)
 

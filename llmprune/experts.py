@@ -11,7 +11,7 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -31,7 +31,7 @@ PARTS = ("gate", "up", "down")
 class RoutedLinear(nn.Linear):
     """A linear over the tokens that were routed to its expert."""
 
-    def forward(self, inputs_RI: Tensor, sizes: list[int]) -> Tensor:
+    def forward(self, inputs_RI: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
         """y = x W^T, [routed tokens, O].
 
         Args:
@@ -79,6 +79,9 @@ class Experts(nn.ModuleList):
         super().__init__(Expert(hidden, intermediate, names, act) for _ in range(experts))
         self.length = 0
 
+    def __iter__(self) -> Iterator[Expert]:
+        return cast(Iterator[Expert], super().__iter__())
+
     def forward(self, hidden_NI: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The sum of every token's experts by the router's weights.
 
@@ -112,9 +115,9 @@ def unfuse(model: nn.Module, names: Names, routers: tuple[str, ...]) -> None:
     for path, module in list(model.named_modules()):
         if not is_fused(module):
             continue
-        count, hidden, intermediate = module.down_proj.shape
+        count, hidden, intermediate = module.get_parameter("down_proj").shape
         with torch.device("meta"):
-            experts = Experts(count, hidden, intermediate, names, module.act_fn).eval().requires_grad_(False)
+            experts = Experts(count, hidden, intermediate, names, module.get_submodule("act_fn")).eval().requires_grad_(False)
         owner, _, leaf = path.rpartition(".")
         layer = model.get_submodule(owner)
         layer.register_forward_pre_hook(partial(_note_length, experts))
@@ -126,7 +129,8 @@ def unfuse(model: nn.Module, names: Names, routers: tuple[str, ...]) -> None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether a module of transformers holds experts as 3-D parameters."""
-    return all(getattr(module, name, torch.empty(0)).ndim == 3 for name in ("gate_up_proj", "down_proj"))
+    fused = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return all(parameter is not None and parameter.ndim == 3 for parameter in fused)
 
 
 def _note_length(experts: Experts, layer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .statistics import Samples
+
 # 64 bins an octave over [2^-40, 2^24); what is below goes into the first.
 SHIFT, LOWEST, BINS = 17, (127 - 40) << 6, 64 * 64
 # One more for exact zeros, before the others, and one for what is above, after them.
@@ -77,17 +79,17 @@ class ScoreHistogram:
         self.broken = torch.zeros((), dtype=torch.int64, device=device)
         self.counts = torch.zeros(LENGTH, dtype=torch.int64, device=device)
 
-    def update(self, inputs_BTI: Tensor, first: int = 0) -> None:
-        # A few tokens at a time stay in the cache.
-        rows = max(PART // inputs_BTI.shape[-1], 1)
+    def update(self, inputs_BTI: Samples, first: int = 0) -> None:
         for inputs_TI in inputs_BTI:
+            # A few tokens at a time stay in the cache.
+            rows = max(PART // inputs_TI.shape[-1], 1)
+            self.tokens += len(inputs_TI)
             if self.basis_II is not None:
                 inputs_TI = inputs_TI @ self.basis_II.to(inputs_TI.dtype)
             for part_PI in inputs_TI.split(rows):
                 scores_PI = scored(part_PI, self.norm_I)
                 self.counts += histogram(scores_PI)
                 self.broken += scores_PI.view(torch.int32).amax() >= _INFINITE
-        self.tokens += inputs_BTI.shape[0] * inputs_BTI.shape[1]
 
     def merge(self, other: ScoreHistogram) -> None:
         for own, theirs in zip(self.sums(), other.sums(), strict=True):
@@ -98,6 +100,10 @@ class ScoreHistogram:
 
     def is_finite(self) -> bool:
         return not self.broken
+
+    @property
+    def seen(self) -> int:
+        return int(self.tokens)
 
     @staticmethod
     def size(features: int) -> int:

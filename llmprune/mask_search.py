@@ -20,6 +20,7 @@ from .options import SearchOptions
 from .output import Output
 from .ranks import Ranks
 from .recipe import Recipe
+from .refinement import is_starved
 from .statistics import InputNorm
 from .stream import Stream
 
@@ -101,7 +102,7 @@ def search_sparsities(
     rms = {}
     for block in stream.survey().blocks():
         for linear, inputs in block.observe(InputNorm):
-            rms[linear.name] = inputs.rms_I
+            rms[linear.name] = torch.ones_like(inputs.rms_I) if is_starved(linear, inputs, recipe) else inputs.rms_I
     candidates = Masked(skeleton, ids_NT, rms, top_k=options.top_k, ranks=stream.ranks)
 
     def keep(latest: State | None) -> None:

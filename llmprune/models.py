@@ -460,7 +460,7 @@ class Skeleton:
         renamed = name
         for part, stored_part in self.family.stored_as.items():
             renamed = renamed.replace(part, stored_part)
-        candidates = (name, renamed, name.removeprefix(prefix), prefix + name)
+        candidates: tuple[str, ...] = (name, renamed, name.removeprefix(prefix), prefix + name)
         if self.is_vision_language:
             candidates += stored_names(name)
         return next((candidate for candidate in candidates if candidate in self.checkpoint.entries), None)

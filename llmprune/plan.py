@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import LLMPruneError
 from .methods import icbs
-from .models import Linear
+from .models import Linear, Skeleton
 from .output import free_bytes
 from .pruning import Prepared, output_directory
 from .statistics import CrossHessian, Hessian, Statistic
@@ -42,14 +43,14 @@ def make_plan(ready: Prepared) -> Plan:
     tokens = (recipe.samples or 0) * (recipe.seqlen or 0) if ready.statistic else 0
     forwards = count_forwards(ready)
     statistic = gathered(ready)
-    linear_flops = 2 * skeleton.prunable_parameters()
+    linear_flops = 2 * skeleton.active_parameters()
     attention_flops = 2 * (recipe.seqlen or 0) * skeleton.hidden_size * len(skeleton.blocks)
     flops = forwards * tokens * (linear_flops + attention_flops)
     if statistic and issubclass(statistic, Hessian):
-        flops += sum(tokens * features**2 * 1.3 for features in _inputs(ready))
-        flops += sum(features**3 * 4 / 3 for features in _inputs(ready))
-        if recipe.match == "dense":
-            flops += sum(tokens * features**2 * 2 for features in _inputs(ready))
+        readers = [linear for linears in skeleton.linears for linear in _first_readers(looked_at(ready, linears))]
+        products = sum(tokens * skeleton.share_of_tokens(linear) * linear.shape[1] ** 2 for linear in readers)
+        flops += products * (3.3 if recipe.match == "dense" else 1.3)
+        flops += sum(linear.shape[1] ** 3 * 4 / 3 for linear in readers)
         # A product of the matrix with the Hessian: SparseGPT's sweep is half of one.
         products = 2 * recipe.rounds + 2 * LSTSQ_STEPS if recipe.reconstruct == "lstsq" else 1
         observed = [linear for linears in skeleton.linears for linear in looked_at(ready, linears)]
@@ -93,7 +94,8 @@ def count_forwards(ready: Prepared) -> float:
     if recipe.sequential == "sublayer" or recipe.propagate == "dense":
         return searches + 1.0
     # The observing pass stops before the last linear, and the last block's output is not needed.
-    last = skeleton.linears[0][-1].numel / sum(linear.numel for linear in skeleton.linears[0])
+    sizes = [linear.numel * skeleton.share_of_tokens(linear) for linear in skeleton.linears[0]]
+    last = sizes[-1] / sum(sizes)
     return searches + 2 - last - 1 / len(skeleton.blocks)
 
 
@@ -176,15 +178,20 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
             parts["activations"] = tokens * skeleton.hidden_size * width * (2 if recipe.match == "dense" else 1)
         live = recipe.micro_batch * recipe.seqlen
         only_looks = recipe.method == "cfsp" and recipe.compensate != "lstsq"
-        if not only_looks and recipe.sequential == "sublayer" and recipe.propagate == "pruned":
+        one_pass = not only_looks and recipe.sequential == "sublayer" and recipe.propagate == "pruned"
+        if one_pass:
             live = tokens * (2 if recipe.match == "dense" else 1)
-        widest = sum(linear.shape[0] for linear in skeleton.linears[0])
-        forward = 2 * live * (widest + 4 * skeleton.hidden_size) * width
+        widest = max(_width(skeleton, linears) for linears in skeleton.linears)
+        forward = int(2 * live * (widest + 4 * skeleton.hidden_size) * width)
         statistic = gathered(ready)
         assert statistic
-        sizes = [statistic.size(features) for features in _inputs(ready, block=0)]
-        parts["statistics"] = sum(sizes)
-        hessian = max(Hessian.size(features) for features in _inputs(ready, block=0))
+        sizes_B = [
+            [statistic.size(linear.shape[1]) for linear in _first_readers(looked_at(ready, linears))]
+            for linears in skeleton.linears
+        ]
+        # In one pass a statistic goes when the next is complete.
+        parts["statistics"] = max(2 * max(sizes) if one_pass and not recipe.structured else sum(sizes) for sizes in sizes_B)
+        hessian = max(Hessian.size(linear.shape[1]) for linears in skeleton.linears for linear in looked_at(ready, linears))
         if recipe.reconstruct == "sparsegpt":
             # The largest Hessian is inverted in float64: the matrix, its factor, the identity and the inverse.
             deciding += 9 * hessian
@@ -206,15 +213,37 @@ def memory_parts(ready: Prepared) -> dict[str, int]:
     return parts
 
 
-def _inputs(ready: Prepared, block: int | None = None) -> list[int]:
-    """Widths of the distinct inputs of the linears: q, k, v read one tensor, gate and up another."""
+def _first_readers(linears: list[Linear]) -> list[Linear]:
+    """One linear for each distinct input: of a layer's q, k and v, which read one tensor, and of its gate and up."""
     shared = {"k": "q", "v": "q", "up": "gate"}
-    found = []
-    for every in ready.skeleton.linears if block is None else [ready.skeleton.linears[block]]:
-        linears = looked_at(ready, every)
-        roles = {linear.role for linear in linears}
-        found += [linear.shape[1] for linear in linears if shared.get(linear.role) not in roles]
-    return found
+    there = {(_layer(linear), linear.role) for linear in linears}
+    return [linear for linear in linears if (_layer(linear), shared.get(linear.role)) not in there]
+
+
+def _layer(linear: Linear) -> str:
+    """What a linear is part of: attention, a feed-forward layer, an expert."""
+    return linear.name.rpartition(".")[0]
+
+
+def _width(skeleton: Skeleton, linears: list[Linear]) -> float:
+    """Numbers that a block's linears put out for a token. One expert runs at a time, here on twice its share of the tokens."""
+    common = sum(linear.shape[0] for linear in linears if linear.expert is None)
+    expert = sum(linear.shape[0] for linear in linears if linear.expert == 0)
+    return common + expert * min(2 * skeleton.share_of_tokens(linears[-1]) if expert else 1.0, 1.0)
+
+
+def check_experts(ready: Prepared) -> None:
+    """Raise `LLMPruneError` if a block of many experts, which is in memory whole, does not fit there with their statistics."""
+    parts, available = memory_parts(ready), ready.skeleton.free_memory()
+    needed = parts["weights"] + parts.get("statistics", 0)
+    if needed > available:
+        advice = "run where there is more memory"
+        if ready.statistic and ready.recipe.sequential == "block" and ready.recipe.propagate == "pruned":
+            advice = "give --sequential sublayer, which has one expert's statistics at a time, or " + advice
+        raise LLMPruneError(
+            f"A block of {ready.skeleton.experts} experts, the next one and their statistics take {needed / 1e9:.1f} GB where "
+            f"{available / 1e9:.1f} GB are free: {advice}."
+        )
 
 
 def probe_flops(device: torch.device, dtype: torch.dtype) -> float:

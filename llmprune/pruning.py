@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,12 @@ from .perplexity import described, measure
 from .progress import bar
 from .ranks import Ranks, launch, local_device
 from .recipe import DECISIVE, Recipe, from_options, parse_nm
-from .refinement import observed
+from .refinement import FITTED_TOKENS, observed
 from .scores import difference
 from .statistics import Statistic
 from .stream import Stream
 from .structure import Surgeon
+from .verify import block_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +103,11 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         )
     if recipe.structured:
         structure.check(recipe, skeleton)
+    if skeleton.experts and recipe.method == "wina":
+        raise LLMPruneError(
+            f"--method wina gates linears that every token runs through, and {source.name} has experts that run for some: use "
+            "a method that prunes weights (see `llmprune methods`)."
+        )
     if recipe.form == "folded":
         folding.check_foldable(skeleton.config)
     warnings = settings.ignored(recipe, method)
@@ -151,10 +157,14 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
     recipe, skeleton = ready.recipe, ready.skeleton
     if skeleton.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(skeleton.device)
-    for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch", "damping"):
+    for key in ("device", "dtype", "calibration", "samples", "seqlen", "micro_batch", "sequential", "damping"):
         if key in ready.reasons:
             say(f"  {key} = {getattr(recipe, key)}: {ready.reasons[key]}")
     say(coverage_line(ready))
+    if skeleton.experts:
+        from .plan import check_experts  # which predicts from what is prepared here
+
+        ranks.together(lambda: check_experts(ready))
     if recipe.icbs:
         needed = sum(icbs.memory_parts(skeleton, recipe, recipe.icbs).values())
         say(f"iCBS searches with the whole model in memory, which takes about {needed / 1e9:.1f} GB")
@@ -176,6 +186,8 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
             if ranks.is_main:
                 surgeon = stream.cutter if isinstance(stream.cutter, Surgeon) else None
                 record = _record(ready, output, tokens, stream, surgeon)
+                for warning in cast(list[str], record["warnings"])[len(ready.warnings) :]:
+                    say(f"warning: {warning}.")
                 record |= {"seconds": round(time.time() - started, 1), "peak_rss_bytes": peak_rss()}
                 if skeleton.device.type == "cuda":
                     record["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
@@ -348,7 +360,7 @@ def _record(
         },
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "reasons": ready.reasons,
-        "warnings": ready.warnings,
+        "warnings": ready.warnings + _starved(linears, recipe),
         "versions": versions(),
         "calibration": {"source": tokens.source, "sha256": tokens.sha256, "note": tokens.note} if tokens else None,
         "sparsity": zeros / prunable,
@@ -370,6 +382,27 @@ def _record(
         **({"search" if recipe.icbs else "evolution": searched[1]["history"]} if searched else {}),
         "clock_seconds": {key: round(value, 3) for key, value in asdict(stream.clock).items()},
     }
+
+
+def _starved(linears: Mapping[str, Facts], recipe: Recipe) -> list[str]:
+    """Warnings that count and name the experts that too few tokens reached for the method, if there are any."""
+    of_experts = {name: fact for name, fact in linears.items() if "expert" in fact}
+    experts = {(block_of(name), fact["expert"]): fact.get("fallback") == "magnitude" for name, fact in of_experts.items()}
+    found = [f"{expert} of block {block}" for (block, expert), starved in experts.items() if starved]
+    unfitted = sum(fact.get("fallback") == "wanda" for fact in of_experts.values())
+    warnings = []
+    if unfitted:
+        warnings.append(
+            f"{unfitted} of {len(of_experts)} matrices of experts saw fewer than {FITTED_TOKENS} calibration tokens for each "
+            "input and have Wanda's mask without SparseGPT's updates; more --samples would change that"
+        )
+    if found:
+        others = f" and {len(found) - 5} others" if len(found) > 5 else ""
+        warnings.append(
+            f"{len(found)} of {len(experts)} experts saw fewer than {recipe.min_expert_tokens} calibration tokens and were "
+            f"pruned by magnitude: expert {', '.join(found[:5])}{others}; more --samples would reach them"
+        )
+    return warnings
 
 
 def _gating(plan: Plan) -> dict[str, object]:
@@ -526,11 +559,13 @@ def coverage_line(ready: Prepared) -> str:
             f"prunable: {what} of {len(skeleton.blocks)} blocks, {prunable / 1e6:.1f} M parameters = "
             f"{prunable / skeleton.parameters():.1%} of the model"
         )
-    roles = list(dict.fromkeys(linear.role for linear in skeleton.linears[0]))
+    roles = list(dict.fromkeys(linear.role for linear in skeleton.all_linears()))
+    experts = f" with {skeleton.experts} experts" if skeleton.experts else ""
     verb = "gated" if ready.recipe.method == "wina" else "prunable"
     return (
-        f"{verb}: {', '.join(roles)} of {len(skeleton.blocks)} blocks, {skeleton.prunable_parameters() / 1e6:.1f} M parameters "
-        f"= {ready.coverage:.1%} of the decoder, {skeleton.prunable_parameters() / skeleton.parameters():.1%} of the model"
+        f"{verb}: {', '.join(roles)} of {len(skeleton.blocks)} blocks{experts}, "
+        f"{skeleton.prunable_parameters() / 1e6:.1f} M parameters = {ready.coverage:.1%} of the decoder, "
+        f"{skeleton.prunable_parameters() / skeleton.parameters():.1%} of the model"
     )
 
 

@@ -128,6 +128,9 @@ class Recipe(BaseModel):
         "native",
         description="WINA: inputs are dropped as they are, or rotated to make columns orthogonal, at a matrix product more.",
     )
+    min_expert_tokens: int = Field(
+        64, ge=1, description="An expert that fewer calibration tokens were routed to is pruned by magnitude, and named."
+    )
     rounds: int = Field(0, ge=0, description="Rounds in which least squares chooses the mask anew (ADMM).")
     match: Literal["block", "dense"] = Field(
         "block",
@@ -410,6 +413,7 @@ DECISIVE = (
     "rounds",
     "match",
     "damping",
+    "min_expert_tokens",
     "dsnot",
     "icbs",
     "search",

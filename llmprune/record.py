@@ -15,12 +15,18 @@ from .recipe import STRUCTURED
 from .surgery import MODELING_FILE
 from .verify import pruned_record, read_record
 
-UNITS = {"ffn": "FFN channels", "heads": "attention heads"}
+UNITS = {
+    "ffn": "FFN channels",
+    "heads": "attention heads",
+    "experts": "experts",
+    "expert_ffn": "experts' FFN channels",
+}
 
 
 class Linear(BaseModel):
     """One pruned matrix. `shape` is (outputs, inputs).
 
+    Of a linear of an expert, `tokens` were routed to it, and `fallback` is the rule it was pruned by where those were too few.
     Errors are squared and relative to the squared output: of the result on the tokens that it was fitted to (`error`) and on
     samples held out of the fit (`fresh_error`), and there of the method's own mask (`start_fresh_error`). Of a gated linear
     `gate_measured` is the share of its inputs that a calibration token does without, `gate_error` what that costs, and
@@ -30,6 +36,9 @@ class Linear(BaseModel):
     role: str
     shape: tuple[int, int]
     zeros: int
+    expert: int | None = None
+    tokens: int | None = None
+    fallback: str | None = None
     outlier_ratio: float | None = None
     error: float | None = None
     fresh_error: float | None = None
@@ -51,12 +60,33 @@ class Linear(BaseModel):
         return self.start_fresh_error, self.fresh_error
 
 
+class Experts(BaseModel):
+    """What REAP saw of a block's experts, by their numbers in the dense model, and which it kept.
+
+    `saliency` is the mean, over the tokens routed to an expert, of router weight times output norm.
+    """
+
+    kept: list[int]
+    tokens: list[int]
+    saliency: list[float]
+
+    @property
+    def removed(self) -> list[int]:
+        return sorted(set(range(len(self.tokens))) - set(self.kept))
+
+    @property
+    def idle(self) -> list[int]:
+        """Experts that no token was routed to."""
+        return [expert for expert, tokens in enumerate(self.tokens) if not tokens]
+
+
 class Block(BaseModel):
-    """What was observed at a block's ends."""
+    """What was observed at a block's ends, and of its experts."""
 
     influence: float | None = None
     importance: float | None = None
     output_error: float | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ STEPS = 100
 # On a CPU and on a GPU: samples to draw, and tokens of a step.
 SAMPLES, STEP_TOKENS = (256, 1024), (1024, 32_768)
 # What the record keeps of a linear; how well its pruned weights matched the dense ones is over once they are trained.
-LINEAR_FACTS = ("role", "shape", "tensor", "transposed", "zeros", "outlier_ratio")
+LINEAR_FACTS = ("role", "shape", "tensor", "transposed", "zeros", "outlier_ratio", "expert", "tokens", "fallback")
 # What of the pruned model's record is not so for the recovered one.
 OUTDATED = (
     *("identity", "recipe_sha256", "index_sha256", "copied", "shards", "storage", "perplexity", "evaluation"),
@@ -260,7 +260,8 @@ def _check_memory(skeleton: Skeleton, options: Options) -> None:
     # Values, gradients, both moments and the best so far; each linear's input and output and as much again between them;
     # logits, their softmax and its gradient.
     adapters = 5 * 4 * options.rank * sum(map(sum, shapes))
-    activations = 2 * tokens * sum(map(sum, shapes)) * width + 4 * tokens * skeleton.vocab_size * 4
+    passed = sum(sum(linear.shape) * skeleton.share_of_tokens(linear) for linear in skeleton.all_linears())
+    activations = int(2 * tokens * passed * width) + 4 * tokens * skeleton.vocab_size * 4
     needed = skeleton.parameters() * width + adapters + activations
     if needed > skeleton.free_memory():
         raise LLMPruneError(

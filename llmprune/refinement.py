@@ -22,6 +22,10 @@ from .stream import Block, Stream
 
 Score = Callable[[Linear, Statistic | None], Tensor]
 
+# With fewer tokens for each input of an expert's linear, SparseGPT's updates raise the error on other tokens above that of
+# magnitude's mask, where Wanda's is lower (evals/bench/results/expert_tokens.csv).
+FITTED_TOKENS = 2
+
 
 def observed(own: type[Statistic] | None, recipe: Recipe) -> type[Statistic] | None:
     """What a run gathers at every linear's input: the least that has what its method, refinement and reconstruction look at."""
@@ -47,9 +51,36 @@ def prune_linears(stream: Stream, recipe: Recipe, own: type[Statistic] | None, *
     for block in stream.blocks():
         pattern = recipe.competition(default=group, sparsity=block.sparsity)
         for linear, inputs in _pairs(block, observed(own, recipe)):
+            if fell_back(linear, inputs, pattern, recipe):
+                continue
             score_OI = score(linear, inputs)
             finish(linear, pattern.keep(score_OI), score_OI, inputs, pattern, recipe)
             del score_OI  # before the next matrix's scores are made
+
+
+def fell_back(linear: Linear, inputs: Statistic | None, pattern: Pattern, recipe: Recipe) -> bool:
+    """Prune an expert's linear by a simpler rule, if the expert saw too few tokens for the method.
+
+    By magnitude where they say nothing of the inputs' norms, by Wanda's scores where SparseGPT's updates would be fitted to
+    them. What is kept stays as it is. Returns whether it was so.
+    """
+    if is_starved(linear, inputs, recipe):
+        linear.facts["fallback"] = "magnitude"
+        linear.keep(pattern.keep(linear.weight_OI.abs()))
+        return True
+    if linear.expert is None or recipe.reconstruct != "sparsegpt":
+        return False
+    assert isinstance(inputs, Hessian)
+    if inputs.seen >= FITTED_TOKENS * linear.shape[1]:
+        return False
+    linear.facts["fallback"] = "wanda"
+    linear.keep(pattern.keep(linear.weight_OI.abs() * inputs.rms_I))
+    return True
+
+
+def is_starved(linear: Linear, inputs: Statistic | None, recipe: Recipe) -> bool:
+    """Whether a linear is of an expert that saw fewer tokens than the recipe asks for."""
+    return linear.expert is not None and inputs is not None and inputs.seen < recipe.min_expert_tokens
 
 
 def _pairs(block: Block, kind: type[Statistic] | None) -> Iterator[tuple[Linear, Statistic | None]]:

@@ -44,7 +44,12 @@ CLOCK = {
     "read_wait": "waiting for the disk to read",
     "write_wait": "waiting for the disk to write",
 }
-KEPT = {"ffn": "feed-forward width kept", "heads": "attention heads kept"}
+KEPT = {
+    "ffn": "feed-forward width kept",
+    "heads": "attention heads kept",
+    "experts": "experts kept",
+    "expert_ffn": "experts' channels kept",
+}
 
 # What iCBS's `accept` asks of a step.
 JUDGED = {
@@ -119,6 +124,8 @@ def page(record: Record, disk_bytes: int) -> tuple[str, list[Picture]]:
         protocol=_flat(evaluation.protocol) if evaluation else {},
         otherwise=_otherwise(evaluation) if evaluation else {},
         roles=role_table(record),
+        experts=expert_table(record),
+        routed=routed_table(record),
         times=clock(record),
         errors=record.errors,
         searched=searched(record),
@@ -287,6 +294,59 @@ def role_table(record: Record) -> list[RoleRow]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class ExpertRow:
+    """What was seen of a block's experts, as text: numbers of experts, and ranges over those removed and those kept."""
+
+    block: int
+    removed: str
+    idle: str
+    low: str
+    high: str
+    tokens: str
+
+
+def expert_table(record: Record) -> list[ExpertRow]:
+    """One row for each block whose experts a method chose among."""
+    rows = []
+    for index, block in enumerate(record.blocks):
+        if experts := block.experts:
+            removed = experts.removed
+            low, high = (_range([experts.saliency[expert] for expert in group]) for group in (removed, experts.kept))
+            idle = ", ".join(map(str, experts.idle))
+            rows.append(ExpertRow(index, ", ".join(map(str, removed)) or "–", idle, low, high, _span(experts.tokens)))
+    return rows
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.4g} … {max(values):.4g}" if values else "–"
+
+
+@dataclass(frozen=True)
+class RoutedRow:
+    """The tokens that a block's experts saw, ascending, and the numbers of those that were pruned by magnitude, as text."""
+
+    block: int
+    tokens: list[int]
+    starved: str
+
+
+def routed_table(record: Record) -> list[RoutedRow]:
+    """One row for each block whose experts' weights were pruned by what they saw."""
+    seen: dict[int, dict[int, tuple[int, bool]]] = {}
+    for name, linear in record.linears.items():
+        if linear.expert is not None and linear.tokens is not None:
+            seen.setdefault(block_of(name), {})[linear.expert] = (linear.tokens, linear.fallback == "magnitude")
+    return [
+        RoutedRow(
+            block,
+            sorted(tokens for tokens, _ in experts.values()),
+            ", ".join(str(expert) for expert, (_, starved) in experts.items() if starved) or "–",
+        )
+        for block, experts in seen.items()
+    ]
 
 
 def _span(sizes: Sequence[int]) -> str:

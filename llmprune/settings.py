@@ -12,7 +12,7 @@ from .methods import Method
 from .models import Skeleton
 from .recipe import Recipe
 from .refinement import observed
-from .statistics import SplitHessian
+from .statistics import Hessian, SplitHessian
 from .structure import parameters_asked_for, plan_of
 
 # The papers' calibration set, used where a GPU makes it cheap.
@@ -141,7 +141,8 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
         samples, why = PAPER_SAMPLES, "the papers' number"
     else:
         budget = CPU_SECONDS * CPU_FLOPS * cores()
-        affordable = budget / (4 * skeleton.decoder_parameters() * seqlen)
+        idle = skeleton.prunable_parameters() - skeleton.active_parameters()
+        affordable = budget / (4 * (skeleton.decoder_parameters() - idle) * seqlen)
         samples = MIN_SAMPLES
         while samples * 2 <= min(affordable, PAPER_SAMPLES):
             samples *= 2
@@ -162,9 +163,17 @@ def settle(recipe: Recipe, skeleton: Skeleton, method: Method) -> tuple[Recipe, 
             choose("calibration", "self", "the Hub cannot be reached, so the model writes its own text")
     if recipe.propagate == "dense":
         values["sequential"] = "block"
+    elif (
+        issubclass(statistic, Hessian)
+        and skeleton.experts
+        and not recipe.structured
+        and "sequential" not in recipe.model_fields_set
+    ):
+        values["sequential"] = "sublayer"
+        reasons["sequential"] = f"the Hessians of {skeleton.experts} experts one after the other, not all of them in memory"
     if fits(recipe):
-        widest = max(linear.shape[1] for linear in skeleton.all_linears())
-        fitted = (recipe.samples or samples) * seqlen * (1 - 1 / SplitHessian.EVERY) / widest
+        all_tokens = (recipe.samples or samples) * seqlen * (1 - 1 / SplitHessian.EVERY)
+        fitted = min(all_tokens * skeleton.share_of_tokens(linear) / linear.shape[1] for linear in skeleton.all_linears())
         if recipe.structured and recipe.match != "dense":
             choose("damping", 0.3, "where errors on held-out samples are least")
         if recipe.match == "dense":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from torch.nn.functional import cosine_similarity
 # Some samples' inputs: any float dtype [samples, tokens, features], or one [tokens, features] for each sample where they have
 # different numbers of tokens, as an expert's do.
 Samples = Tensor | Sequence[Tensor]
+
+
+def by_sample(args: tuple[Tensor, ...], samples: int) -> Samples:
+    """What a linear is called with, cut into samples; an expert's linear is told how many tokens each has."""
+    states = args[0]
+    if len(args) > 1:
+        return states.split(cast(list[int], args[1]))
+    return states.reshape(samples, -1, states.shape[-1])
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -95,9 +103,6 @@ class Ends:
 class Statistic(Protocol):
     """A sum over calibration tokens of something computed from a linear's input."""
 
-    # How many it has seen.
-    tokens: Tensor
-
     def __init__(self, features: int, device: torch.device) -> None: ...
 
     def update(self, inputs_BTI: Samples, first: int = 0) -> None:
@@ -111,6 +116,10 @@ class Statistic(Protocol):
 
     def is_finite(self) -> bool:
         """False when an infinite or NaN activation was seen."""
+
+    @property
+    def seen(self) -> int:
+        """Tokens of all samples."""
 
     @staticmethod
     def size(features: int) -> int:
@@ -132,6 +141,10 @@ class _Sums:
 
     def is_finite(self) -> bool:
         return all(all_finite(total) for total in self.sums())
+
+    @property
+    def seen(self) -> int:
+        return int(self.tokens)
 
     def _count(self, inputs_BTI: Samples) -> None:
         self.tokens += sum(len(inputs_TI) for inputs_TI in inputs_BTI)
@@ -278,6 +291,10 @@ class SplitHessian(Hessian):
 
     def sums(self) -> list[Tensor]:
         return [*super().sums(), self.totals_I, *self.fresh.sums()]
+
+    @property
+    def seen(self) -> int:
+        return super().seen + self.fresh.seen
 
     @property
     def mean_I(self) -> Tensor:

@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -42,7 +42,7 @@ from .experts import Experts
 from .models import Linear, Skeleton
 from .output import Output
 from .ranks import Ranks
-from .statistics import CrossHessian, Ends, Samples, Statistic, all_finite
+from .statistics import CrossHessian, Ends, Statistic, all_finite, by_sample
 
 if TYPE_CHECKING:
     from .activation_plan import Plan
@@ -441,14 +441,6 @@ class Stream:
         return {name: self.skeleton.checkpoint.read(names[name]) for name in self.skeleton.block_parameters(index)}
 
 
-def _by_sample(args: tuple[Tensor, ...], samples: int) -> Samples:
-    """What a linear is called with, cut into samples: [samples, tokens, I], or one [tokens, I] each where it is an expert's."""
-    inputs = args[0]
-    if len(args) > 1:
-        return inputs.split(cast(list[int], args[1]))
-    return inputs.reshape(samples, -1, inputs.shape[-1])
-
-
 class Block:
     """One resident decoder block, between the samples that came in and the shard that goes out."""
 
@@ -505,7 +497,7 @@ class Block:
             linear, statistic = pair
             self._check(linear, statistic)
             if linear.expert is not None:
-                linear.facts["tokens"] = int(statistic.tokens)
+                linear.facts["tokens"] = statistic.seen
             # Deciding takes copies of the largest matrix: not while the block before this one is still in memory.
             self.stream.finish_writing()
             with clock.measure("decide"):
@@ -531,7 +523,7 @@ class Block:
                 latest, owner = inputs, linear
                 if linear not in statistics:
                     statistics[linear] = kind(linear, inputs)
-                statistics[linear].update(_by_sample(args, samples), first)
+                statistics[linear].update(by_sample(args, samples), first)
             if linear.place == stream.last.get(self._places) and not self._needs_dense_output:
                 raise _Stop
 
@@ -625,6 +617,10 @@ class Block:
                     waiting[batch] = arrived
             while waiting:
                 linear = min(waiting.values(), key=order.__getitem__)
+                # Of many experts each would leave a Hessian behind.
+                needed = {linear, *(workers[batch].leader for batch in waiting)}
+                for other in [other for other in statistics if other not in needed]:
+                    del statistics[other]
                 if linear.place not in leaders:
                     for worker in dense:
                         worker.switch()
@@ -652,7 +648,7 @@ class Block:
         """Show a statistic what a micro-batch brings to a linear, and what the dense model's has there, where it is matched."""
         stream, part = self.stream, worker.part
         samples, first = part.stop - part.start, stream.first_sample + part.start
-        own = _by_sample(worker.args, samples)
+        own = by_sample(worker.args, samples)
         if worker.ahead is None:
             statistic.update(own, first)
             return
@@ -664,7 +660,7 @@ class Block:
         gap = None
         if stream.skeleton.writes(worker.leader):
             gap = stream.gap(part) + (worker.ahead.written - worker.written)
-        statistic.update_pair(own, _by_sample(worker.ahead.args, samples), first, gap)
+        statistic.update_pair(own, by_sample(worker.ahead.args, samples), first, gap)
 
     def _check(self, linear: Linear, statistic: Statistic) -> None:
         if not statistic.is_finite():
@@ -717,6 +713,7 @@ class Block:
                     "shape": list(weight.shape[::-1] if linear.transposed else weight.shape),
                     "tensor": self.stream.skeleton.stored_name(f"{linear.name}.weight"),
                     "transposed": linear.transposed,
+                    **({} if linear.expert is None else {"expert": linear.expert}),
                     "zeros": weight.numel() - int(torch.count_nonzero(weight)),
                     **linear.facts,
                 }

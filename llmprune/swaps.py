@@ -43,6 +43,11 @@ class Matrix:
     def __post_init__(self) -> None:
         self.stamp_OI = torch.zeros(self.linear.shape, dtype=torch.int16, device=self.keep_OI.device)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether no weight may change."""
+        return self.free_OI is not None and not bool(self.free_OI.any())
+
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Keep the dense weights and let the module run with the pruned ones."""
         linear = self.linear

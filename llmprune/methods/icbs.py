@@ -33,7 +33,7 @@ from ..models import Linear, Skeleton
 from ..options import IcbsOptions
 from ..patterns import lowest
 from ..recipe import Recipe, parse_nm
-from ..refinement import observed, refined
+from ..refinement import is_starved, observed, refined
 from ..statistics import InputNorm
 from ..stream import Stream
 from ..swaps import Matrix, Swaps, packed, propose, unpacked
@@ -52,7 +52,10 @@ def prune(stream: Stream, recipe: Recipe) -> None:
     search.run()
     for block in stream.blocks():
         for linear in block.linears:
-            linear.keep(search.matrices[linear.name].keep_OI)
+            matrix = search.matrices[linear.name]
+            linear.keep(matrix.keep_OI)
+            if matrix.fixed:
+                linear.facts["fallback"] = "magnitude"
 
 
 class Search:
@@ -136,10 +139,15 @@ class Search:
         for block in wanda.blocks():
             pattern = self.recipe.competition(default="row", sparsity=block.sparsity)
             for linear, inputs in block.observe(kind):
-                score_OI = score(linear, inputs)
-                keep_OI = refined(linear, pattern.keep(score_OI), score_OI, inputs, pattern, self.recipe)
+                if is_starved(linear, inputs, self.recipe):  # few gradients would reach it, too: nothing of it is swapped
+                    keep_OI = pattern.keep(linear.weight_OI.abs())
+                    free_OI: Tensor | None = torch.zeros_like(keep_OI)
+                else:
+                    score_OI = score(linear, inputs)
+                    keep_OI = refined(linear, pattern.keep(score_OI), score_OI, inputs, pattern, self.recipe)
+                    free_OI = self._free(score_OI, keep_OI)
                 linear.keep(keep_OI)
-                self.matrices[linear.name] = self._matrix(linear, keep_OI, self._free(score_OI, keep_OI))
+                self.matrices[linear.name] = self._matrix(linear, keep_OI, free_OI)
         # As when it is resumed; linears run in another order in some architectures.
         self.matrices = {linear.name: self.matrices[linear.name] for linear in self.skeleton.all_linears()}
 
@@ -187,12 +195,12 @@ class Search:
         self._note({"step": 0, "held_out": self._loss(self.held_out_NT)})
         if self.options.scope == "model":
             nothing = torch.zeros(0, dtype=torch.int64, device=self.skeleton.device)
-            probes = self._look(0, dict.fromkeys(self.matrices.values(), nothing))
+            probes = self._look(0, dict.fromkeys(self._swapped(), nothing))
             self._choose_next(0, probes)
 
     def _step(self, number: int) -> None:
         options = self.options
-        matrices = list(self.matrices.values())
+        matrices = self._swapped()
         if options.scope == "linear":
             matrices = [matrices[self._draw(len(matrices), number - 1, 1)[0]]]
         probes = self._look(number, {matrix: matrix.block_N for matrix in matrices})
@@ -209,6 +217,9 @@ class Search:
             self._choose_next(number, probes)
         else:
             matrices[0].block_N = None
+
+    def _swapped(self) -> list[Matrix]:
+        return [matrix for matrix in self.matrices.values() if not matrix.fixed]
 
     def _look(self, number: int, blocks: Mapping[Matrix, Tensor | None]) -> dict[Matrix, Probe]:
         """Show the step's batch to probes."""
@@ -352,7 +363,8 @@ def memory_parts(skeleton: Skeleton, recipe: Recipe, options: IcbsOptions) -> di
     tokens = recipe.seqlen * (recipe.micro_batch or 1)
     batch = recipe.seqlen * options.batch_size
     # Each linear's input and output, as much again between them, and logits with their softmax and gradient.
-    activations = 2 * tokens * sum(sum(linear.shape) for linear in linears) * width + 4 * tokens * skeleton.vocab_size * 4
+    passed = sum(sum(linear.shape) * skeleton.share_of_tokens(linear) for linear in linears)
+    activations = int(2 * tokens * passed * width) + 4 * tokens * skeleton.vocab_size * 4
     block = options.block_size or BLOCK_SIZE
     rows = min(options.positions, batch) if options.fisher == "token" else options.batch_size
     if options.scope == "model":

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import LLMPruneError
 from ..patterns import NM, Pattern
 from ..recipe import Recipe
-from ..refinement import finish, observed
+from ..refinement import fell_back, finish, observed
 from ..statistics import Hessian, Statistic
 from ..stream import Stream
 
@@ -43,6 +43,8 @@ def prune(stream: Stream, recipe: Recipe) -> None:
         seen: Statistic | None = None
         for linear, hessian in block.observe(kind):
             assert isinstance(hessian, Hessian)
+            if fell_back(linear, hessian, pattern, recipe):
+                continue
             if hessian is not seen:
                 factor_II, seen = inverse_factor(hessian.mean_II), hessian
             weight_OI = solve(linear.weight_OI, factor_II, pattern)
