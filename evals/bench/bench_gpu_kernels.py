@@ -2,10 +2,10 @@
 
     make bench-gpu
 
-For every linear of Llama 2 7B and Llama 3 8B in bfloat16: microseconds of each kernel (median of Triton's do_bench, which empties
-the cache between calls), the bytes that the call has to move, and how long those take at the speed of a copy on this GPU. For the
-2:4 kernels the bytes of weight are those that the compiled code fetches (tests/kernels/test_sparse24_compiled.py). Writes
-results/gpu-kernels-DEVICE.csv.
+For every linear of Llama 2 7B and Llama 3 8B in bfloat16: microseconds of each kernel (median of Triton's do_bench, which
+empties the cache between calls), the bytes that the call has to move, and how long those take at the speed of a copy on this
+GPU. For the 2:4 kernels the bytes of weight are those that the compiled code fetches (tests/kernels/test_sparse24_compiled.py).
+Writes results/gpu-kernels-DEVICE.csv.
 """
 
 import re
@@ -26,7 +26,7 @@ def calls(shape: tuple[int, int], tokens: int) -> Iterator[tuple[str, Callable[[
     from llmprune.kernels import gemv_triton, sparse24_gluon, sparse24_triton
     from llmprune.kernels.sparse24 import mask24, pack24
 
-    outputs, inputs = shape
+    inputs = shape[1]
     dense_OI = torch.randn(shape, device="cuda", dtype=DTYPE)
     x_NI = torch.randn(tokens, inputs, device="cuda", dtype=DTYPE)
     yield "dense", lambda: torch.nn.functional.linear(x_NI, dense_OI), dense_OI.nbytes
@@ -43,6 +43,15 @@ def calls(shape: tuple[int, int], tokens: int) -> Iterator[tuple[str, Callable[[
         yield "gated and compacted, 50 % kept", lambda: gemv_triton.gemv_compacted(x_NI[0], weight_IO, tau_I), bytes_
 
 
+def copy_speed() -> float:
+    """Bytes that a copy within the GPU's memory moves in a microsecond, to and fro."""
+    from triton.testing import do_bench
+
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (1000 * do_bench(lambda: target.copy_(source), return_mode="median"))
+
+
 def main() -> None:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         print(f"skipped: torch {torch.__version__} finds no NVIDIA GPU")
@@ -51,10 +60,7 @@ def main() -> None:
 
     device = torch.cuda.get_device_name()
     torch.manual_seed(0)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    bytes_per_microsecond = 2 * source.nbytes / (1000 * do_bench(lambda: target.copy_(source), return_mode="median"))
-    del source, target
+    bytes_per_microsecond = copy_speed()
     rows: list[dict[str, object]] = []
     for outputs, inputs in SHAPES:
         for tokens in TOKENS:
