@@ -238,8 +238,10 @@ def check_experts(ready: Prepared) -> None:
     needed = parts["weights"] + parts.get("statistics", 0)
     if needed > available:
         advice = "run where there is more memory"
-        if ready.statistic and ready.recipe.sequential == "block" and ready.recipe.propagate == "pruned":
-            advice = "give --sequential sublayer, which has one expert's statistics at a time, or " + advice
+        one_pass = ready.recipe.sequential == "sublayer" and ready.recipe.propagate == "pruned"
+        if ready.statistic and not one_pass and not ready.recipe.structured:
+            one_by_one = "give --sequential sublayer --propagate pruned, which has one expert's statistics at a time"
+            advice = f"{one_by_one}, or {advice}"
         raise LLMPruneError(
             f"A block of {ready.skeleton.experts} experts, the next one and their statistics take {needed / 1e9:.1f} GB where "
             f"{available / 1e9:.1f} GB are free: {advice}."

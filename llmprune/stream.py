@@ -16,6 +16,9 @@ and drops it, while the next block is already being read. How often a block runs
   linear reads in both models, and what the residual stream has lost: twice.
 - `propagate="dense"`: the next block sees the dense block's output; the samples cross the block once.
 
+Of a block with experts each expert's matrices are linears of their own, observed on the tokens that are routed to them; all
+experts run in every forward, so that every micro-batch meets every linear (`experts`).
+
 The model's own forward runs once with recorders in place of the blocks, so each block is later called with exactly the
 arguments (masks per layer type, position embeddings, ...) that the model would have passed.
 """
