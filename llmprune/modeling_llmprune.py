@@ -12,7 +12,7 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,18 +46,22 @@ class AbsentAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **_: object) -> tuple[Tensor, None]:
-        if past_key_values is not None:
+    def forward(
+        self, hidden_states: Tensor, past_key_values: Cache | None = None, cache: Cache | None = None, **_: object
+    ) -> tuple[Tensor, None]:
+        # The one argument has two names: `cache` from transformers 5.24 on.
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             # A cache counts the tokens it has seen by what a layer holds, the first one as a rule: this layer must hold
             # something, too, of one head and size 1 unless the cache has set memory aside for more.
             batch, tokens = hidden_states.shape[:2]
             heads, size = 1, 1
-            layers = past_key_values.layers
+            layers = cache.layers
             held = getattr(layers[self.layer_idx], "keys", None) if self.layer_idx < len(layers) else None
             if isinstance(held, Tensor) and held.ndim == 4:
                 heads, size = held.shape[1], held.shape[3]
             nothing = hidden_states.new_zeros(1).expand(batch, heads, tokens, size)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            cache.update(nothing, nothing, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -82,12 +86,17 @@ def _without_blocks(config: PretrainedConfig) -> Iterator[None]:
         config.allow_global_per_layer_attribute_access, config.num_hidden_layers = allowed, blocks
 
 
+def _layers(config: PretrainedConfig) -> Sequence[PretrainedConfig]:
+    """Every block's configuration; early releases with per_layer_config have none where all blocks are alike."""
+    return config.per_layer_config or [config] * config.num_hidden_layers
+
+
 class PerLayerConfig:
     """In front of a stock configuration. Subclasses are @strict again, or the checks of the parent stay in force."""
 
     def validate_architecture(self) -> None:
         # Not the parent's: that hidden_size is a multiple of the heads need not be so once heads are gone.
-        for index, layer in enumerate(self.per_layer_config):  # type: ignore[attr-defined]
+        for index, layer in enumerate(_layers(self)):  # type: ignore[arg-type]
             if layer.num_attention_heads % layer.num_key_value_heads:
                 raise ValueError(
                     f"Layer {index} has {layer.num_attention_heads} query heads, which is not a multiple of its "
@@ -96,7 +105,7 @@ class PerLayerConfig:
 
     def validate_rope(self) -> None:
         # The parent's, of one layer: it asks for the number of heads, which must not be read where layers differ in it.
-        super(PerLayerConfig, self.per_layer_config[0]).validate_rope()  # type: ignore[attr-defined,misc]
+        super(PerLayerConfig, _layers(self)[0]).validate_rope()  # type: ignore[arg-type,misc]
 
 
 class PerLayerModel:
@@ -108,7 +117,7 @@ class PerLayerModel:
         with _without_blocks(config):
             super().__init__(config)  # type: ignore[call-arg]
         model: nn.Module = self.model  # type: ignore[attr-defined]
-        layers = config.per_layer_config
+        layers = _layers(config)
         model.layers = nn.ModuleList(self._block(config, layers[index], index) for index in range(len(layers)))
         # Rotary embeddings are computed again while the model runs or loads; a layer's configuration answers all they ask.
         model.rotary_emb.config = layers[0]  # type: ignore[union-attr]

@@ -99,7 +99,7 @@ def _forward(inputs: Tensor, given: Mapping[str, object]) -> Forward:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         past = mask.shape[1] - tokens
     else:
-        length = getattr(given.get("past_key_values"), "get_seq_length", int)()
+        length = getattr(given.get("cache", given.get("past_key_values")), "get_seq_length", int)()
         # A cache of fixed size counts on its device, and asking would wait for it.
         past = length if isinstance(length, int) else None
     return Forward(batch, tokens, past, mask if isinstance(mask, Tensor) else None, inputs.device)
