@@ -124,11 +124,11 @@ class Checkpoint:
             LLMPruneError: the file became shorter than its header says, or holds a packed matrix that is damaged.
         """
         entry = self.entries[name]
-        parts = [self._read(name, part) for part in entry.stored]
         if entry.packed is None:
-            return parts[0]
+            return self._read(name, entry)
+        values, places = (self._read(name, part) for part in entry.stored)
         try:
-            return packing.unpack(*parts, entry.packed.format, entry.shape)
+            return packing.unpack(values, places, entry.packed.format, entry.shape)
         except ValueError as error:
             raise LLMPruneError(f"{entry.file} is corrupt ({name!r}: {error}): download or copy the file again.") from error
 

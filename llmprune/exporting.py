@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -63,8 +63,8 @@ def export(
     Raises:
         LLMPruneError: bad input, nothing to pack, too little room; nothing half-written looks whole.
     """
-    say = print if progress else lambda line: None
-    return run(model, format, Path(output) if output else None, overwrite=overwrite, say=say, quiet=not progress)
+    place = Path(output) if output else None
+    return run(model, format, place, overwrite=overwrite, say=print if progress else lambda line: None, quiet=not progress)
 
 
 def run(model: str | Path, format: str, place: Path | None, *, overwrite: bool, say: Say, quiet: bool) -> Exported:
@@ -81,9 +81,10 @@ def run(model: str | Path, format: str, place: Path | None, *, overwrite: bool, 
         place = beside / f"{source.name}-{format}"
     check_directory(place, source.directory, overwrite=overwrite)
     record = read_record(source.directory) if (source.directory / RECORD).is_file() else {}
+    fingerprint = checkpoint.fingerprint()[:16]
     identity = {
-        **record.get("identity", {"model weights": checkpoint.fingerprint()[:16]}),
-        "exported weights": checkpoint.fingerprint()[:16],
+        **record.get("identity", {"model weights": fingerprint}),
+        "exported weights": fingerprint,
         "exported config": hash_file(source.directory / "config.json")[:16],
         "exported as": format,
     }
@@ -94,15 +95,14 @@ def run(model: str | Path, format: str, place: Path | None, *, overwrite: bool, 
             say(f"{place} already holds this export's finished result: nothing to do.")
         else:
             with bar(format, len(checkpoint.entries) + len(output.unwritten()), quiet=quiet) as advance:
-                packer = _Packer(checkpoint, wanted, advance)
+                packer = _Packer(checkpoint, wanted, _fits(checkpoint, wanted, advance), advance)
                 check_space(place, sum(packer.stored_bytes(name) for name in output.unwritten()))
                 for index in range(output.finished_blocks, len(groups)):
                     output.write_group(index, packer.write)
-            storage = packer.storage()
-            say(_said(packer, storage))
+            say(packer.said())
             recipe = (source.directory / RECIPE).read_text(encoding="utf-8") if "recipe" in record else None
             kept = {key: value for key, value in record.items() if key not in OUTDATED}
-            kept |= {"storage": storage} if wanted else {}
+            kept |= {"storage": packer.storage()} if wanted else {}
             output.finish(recipe, kept, _beside(source.directory, record, wanted))
         if find(place):
             card.write(place)
@@ -125,63 +125,50 @@ def _check_source(checkpoint: Checkpoint, wanted: Format | None) -> None:
 def _beside(directory: Path, record: Mapping[str, dict[str, str]], wanted: Format | None) -> dict[str, bytes]:
     """What goes along with the weights, by name: config.json, and whatever else made the directory a model of llmprune."""
     contents = {}
-    for name in {"config.json", *record.get("copied", {})}:
+    for name in dict.fromkeys(("config.json", *record.get("copied", {}))):
         with reading(directory / name):
             contents[name] = (directory / name).read_bytes()
     contents["config.json"] = packing.config_as_stored(contents["config.json"], wanted)
     return contents
 
 
-def _said(packer: _Packer, storage: Mapping[str, object]) -> str:
-    if packer.format is None:
-        return f"{size(packer.checkpoint.stored_bytes)} became {size(packer.checkpoint.nbytes)}"
-    before, after = packer.checkpoint.nbytes, cast(int, storage["bytes"])
-    left = "".join(f"\n  {name} stays dense: it {fit.reason}" for name, fit in packer.dense.items())
-    return f"{storage['packed']} matrices packed: {size(before)} became {size(after)} ({after / before:.3f}){left}"
+def _fits(checkpoint: Checkpoint, wanted: Format | None, advance: Callable[[str], None]) -> dict[str, Fit]:
+    """What every matrix comes to, by name. Raises `LLMPruneError` if none is to be packed."""
+    fits = {}
+    for name, entry in checkpoint.entries.items():
+        if wanted and len(entry.shape) == 2 and entry.dtype.is_floating_point:
+            fits[name] = packing.fit(checkpoint.read(name), wanted)
+        advance(name)
+    if wanted is None or any(fit.parts for fit in fits.values()):
+        return fits
+    if not fits:
+        raise LLMPruneError(f"{checkpoint.directory} holds no matrix of floating point numbers: there is nothing to pack.")
+    # An embedding is far from 2:4 and comes first in most files; what is nearest was meant to be.
+    name, fit = min(fits.items(), key=lambda item: item[1].excess)
+    if wanted == "packed24":
+        raise LLMPruneError(
+            f"No matrix in {checkpoint.directory} is 2:4 sparse: {name}, the nearest to it, {fit.reason}; prune with --pattern "
+            "2:4, or use --format bitmask, which takes any zeros."
+        )
+    raise LLMPruneError(
+        f"No matrix in {checkpoint.directory} gets smaller as a bitmask: {name}, for one, {fit.reason}; prune it first, or use "
+        "it as it is."
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Packer:
-    """Writes shards of a checkpoint in a format, or as they are.
-
-    Attributes:
-        fits: what every matrix comes to, by name.
-    """
+    """Writes shards of a checkpoint in a format, or dense. `fits` says what every matrix comes to, by name."""
 
     checkpoint: Checkpoint
     format: Format | None
+    fits: Mapping[str, Fit]
     advance: Callable[[str], None]
-    fits: dict[str, Fit] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Look at every matrix. Raises `LLMPruneError` if none is to be packed."""
-        for name, entry in self.checkpoint.entries.items():
-            if self.format and len(entry.shape) == 2 and entry.dtype.is_floating_point:
-                self.fits[name] = packing.fit(self.checkpoint.read(name), self.format)
-            self.advance(name)
-        if self.format and len(self.dense) == len(self.fits):
-            raise LLMPruneError(self._refusal())
 
     @property
     def dense(self) -> dict[str, Fit]:
         """Matrices that stay as they are."""
         return {name: fit for name, fit in self.fits.items() if fit.parts is None}
-
-    def _refusal(self) -> str:
-        directory = self.checkpoint.directory
-        if not self.fits:
-            return f"{directory} holds no matrix of floating point numbers: there is nothing to pack."
-        # An embedding is far from 2:4 and comes first in most files; what is nearest was meant to be.
-        name, fit = min(self.fits.items(), key=lambda item: item[1].excess)
-        if self.format == "packed24":
-            return (
-                f"No matrix in {directory} is 2:4 sparse: {name}, the nearest to it, {fit.reason}; prune with --pattern 2:4, "
-                "or use --format bitmask, which takes any zeros."
-            )
-        return (
-            f"No matrix in {directory} gets smaller as a bitmask: {name}, for one, {fit.reason}; prune it first, or use it as "
-            "it is."
-        )
 
     def layout(self, name: str) -> dict[str, Part]:
         """What is stored of a tensor."""
@@ -222,11 +209,23 @@ class _Packer:
             )
         return dict(zip(layout, parts, strict=True))
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors as they are stored."""
+        return sum(self.stored_bytes(name) for name in self.checkpoint.entries)
+
+    def said(self) -> str:
+        """What came of it, for people."""
+        before, after = self.checkpoint.stored_bytes, self.total_bytes
+        left = "".join(f"\n  {name} stays dense: it {fit.reason}" for name, fit in self.dense.items())
+        count = f"{len(self.fits) - len(self.dense)} matrices packed: " if self.format else ""
+        return f"{count}{size(before)} became {size(after)} ({after / before:.3f}){left}"
+
     def storage(self) -> dict[str, object]:
         """What the record says of it."""
         return {
             "format": self.format,
-            "bytes": sum(self.stored_bytes(name) for name in self.checkpoint.entries),
+            "bytes": self.total_bytes,
             "dense_bytes": self.checkpoint.nbytes,
             "packed": len(self.fits) - len(self.dense),
             "dense": list(self.dense),

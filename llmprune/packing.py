@@ -26,12 +26,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .kernels.sparse24 import DTYPES, NIBBLES
 
 Format = Literal["packed24", "bitmask"]
+Bytes = npt.NDArray[np.uint8]
+# The bits of weights of any width.
+Raw = npt.NDArray[np.signedinteger]
 # Each format's second tensor: its name behind the matrix's.
 PLACES: dict[Format, str] = {"packed24": ".meta", "bitmask": ".bits"}
 KEY = "llmprune"
@@ -43,7 +47,7 @@ CHUNK = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _of_pairs(table: list[int], shift: int) -> np.ndarray:
+def _of_pairs(table: list[int], shift: int) -> Bytes:
     """From a table of one group's 16 cases, that of a byte's two groups: the second one's entry is shifted."""
     return np.array([table[byte & 15] | table[byte >> 4] << shift for byte in range(256)], dtype=np.uint8)
 
@@ -75,7 +79,7 @@ class Fit:
     Attributes:
         parts: what is stored, values and places; None if the matrix stays as it is.
         reason: why it does.
-        excess: packed24: the share of groups with more than two nonzeros, 1 for what no group of which is looked at.
+        excess: of what is no packed24 the share of groups with more than two nonzeros; 1 where groups do not come into it.
     """
 
     parts: tuple[Part, Part] | None
@@ -173,17 +177,17 @@ def config_as_stored(config: bytes, format: Format | None) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _raw(weight: Tensor) -> np.ndarray:
+def _raw(weight: Tensor) -> Raw:
     """The bits of a tensor as a row of integers, on which -0.0 and NaN are values like any other."""
     return weight.detach().contiguous().view(-1).view(_INTEGERS[weight.dtype.itemsize]).numpy()
 
 
-def _nonzeros(raw: np.ndarray) -> np.ndarray:
+def _nonzeros(raw: Raw) -> Bytes:
     """A bit for each weight, 1 where it is not zero."""
     return np.packbits(raw != 0, bitorder="little")
 
 
-def _flags(format: Format, places: np.ndarray, size: int) -> np.ndarray:
+def _flags(format: Format, places: Bytes, size: int) -> npt.NDArray[np.bool_]:
     """Which of `size` weights are kept, by the bytes of their places; bool."""
     bits = _TO_BITS[places] if format == "packed24" else places
     return np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
