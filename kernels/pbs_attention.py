@@ -81,7 +81,7 @@ class Selection:
 
     Args:
         order_BPN: int64, the original place of the key at every slot.
-        kept_BHTT: bool, whether a block of queries reads a block of slots; blocks of its own segment included.
+        kept_BHTT: bool, whether a block of queries reads a block of slots; those of its own segment included.
     """
 
     order_BPN: Tensor
@@ -127,7 +127,7 @@ def select(
     """Steps 1 to 3. One key head is in work at a time, to save memory.
 
     Args:
-        sort: without it keys stay where they are, to compare with.
+        sort: without it keys stay where they are, to compare with, and no query needs a block of keys after its own.
     """
     _check(query_BHND, key_BKND, key_BKND)
     if sort:
@@ -138,7 +138,8 @@ def select(
     for queries, keys, orders in _groups(query_BHND.shape[1], key_BKND.shape[1], order_BPN.shape[1]):
         group = query_BHND[:, queries], key_BKND[:, keys], order_BPN[:, orders]
         kept.append(keep_blocks(block_scores(*group, rule, scale=scale), group[2], rule))
-    return Selection(order_BPN, torch.cat(kept, dim=1))
+    kept_BHTT = torch.cat(kept, dim=1)
+    return Selection(order_BPN, kept_BHTT if sort else kept_BHTT.tril())
 
 
 def key_order(query_BHND: Tensor, key_BKND: Tensor, rule: Rule, *, scale: float | None = None) -> Tensor:
@@ -216,7 +217,7 @@ def attend(
 
     Args:
         query_BHND, key_BKND, value_BKND: as given to `pbs_attention`.
-        selection: with all blocks of own segments, and none of later ones.
+        selection: with all blocks of own segments that hold a visible key, and none of later ones.
         rule: that selected.
         scale: of the scores before softmax; by default D ** -0.5.
         backend: torch, triton, or auto: triton on CUDA, else torch.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -103,7 +103,7 @@ def enable_pbs(
         )
     if pbs_of(model):
         raise LLMPruneError(f"This {name} has PBS already: disable_pbs(model) first.")
-    layers = {each.layer_idx for each in model.modules() if isinstance(getattr(each, "layer_idx", None), int)}
+    layers = {index for each in model.modules() if isinstance(index := getattr(each, "layer_idx", None), int)}
     if unknown := sorted(set(skip_layers) - layers):
         raise LLMPruneError(f"There is no layer {unknown[0]} to skip: {name} has the layers 0 to {max(layers, default=-1)}.")
     registration.register()
@@ -158,8 +158,8 @@ def attention(
         handle.collected.fallbacks[obstacle] += 1
     if any(options.get(name) is not None for name in EAGER):
         return _eager(module, query, key, value, attention_mask, dropout, scaling, options)
-    arguments = {"dropout": dropout, "scaling": scaling, **options}
-    return cast("tuple[Tensor, None]", sdpa_attention_forward(module, query, key, value, attention_mask, **arguments))
+    sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
 
 
 @dataclass(eq=False)
@@ -205,10 +205,11 @@ class PBS:
     ) -> str | None:
         """Why a call keeps full attention, or None."""
         tokens, keys = query.shape[2], key.shape[2]
+        if tokens == 1:
+            return "decoding"
         unlike = next((reason for name, reason in UNLIKE.items() if options.get(name) is not None), None)
         causal = options.get("is_causal")
         reasons = {
-            "decoding": tokens == 1,
             unlike or "": unlike is not None,
             "part of a prompt": mask is not None and tokens != keys,
             "padding or another mask": mask is not None,
@@ -228,7 +229,7 @@ class PBS:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         selection = kernel.select(query, key, self.rule, scale=scale)
         if self.collected:
-            self.collected.add(int(cast(int, getattr(module, "layer_idx", 0))), query, key, selection, scale)
+            self.collected.add(getattr(module, "layer_idx", 0), query, key, selection, scale)
         out_BHND = kernel.attend(query, key, value, selection, self.rule, scale=scale, backend=self.backend)
         return out_BHND.transpose(1, 2).contiguous()
 
@@ -281,7 +282,7 @@ class HeadStatistics:
         # Of times, not of speed-ups: what a head saves counts by how long it takes.
         took = fmean(record.causal_blocks / record.speedup for record in records)
         names = ("tokens", "causal_blocks", "blocks", "unsorted_blocks", "covered", "unsorted_covered")
-        return cls(layer, head, *(mean(name) for name in names), speedup=mean("causal_blocks") / took)
+        return cls(layer, head, **{name: mean(name) for name in names}, speedup=mean("causal_blocks") / took)
 
 
 @dataclass(frozen=True, eq=False)

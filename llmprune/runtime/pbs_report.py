@@ -81,18 +81,17 @@ def block_maps(found: BlockMap) -> Draw:
 
     looks = {"read": LIGHT["blue"], "left out": LIGHT["line"]}
     panels = {"keys where they are": found.unsorted_TT, "keys sorted in segments": found.sorted_TT}
-    # Nothing is drawn where no causal attention is.
-    reached_TT = torch.ones_like(found.sorted_TT).tril() | found.sorted_TT
+    causal_TT = torch.ones_like(found.sorted_TT).tril()
 
     def draw(width: int) -> Figure:
         wide = width == WIDE
         figure = Figure(figsize=(width / 96, (440 if wide else 690) / 96), dpi=96, layout="constrained")
         grid = figure.subplots(*((1, 2) if wide else (2, 1)))
         for axes, (title, read_TT) in zip(grid, panels.items(), strict=True):
-            cells_TT = torch.where(reached_TT, (~read_TT).float(), torch.nan)
+            # Nothing is drawn where nothing could be read.
+            cells_TT = torch.where(causal_TT | read_TT, (~read_TT).float(), torch.nan)
             axes.imshow(cells_TT.numpy(), cmap=ListedColormap(list(looks.values())), vmin=0, vmax=1, interpolation="none")
-            causal = read_TT.shape[0] * (read_TT.shape[0] + 1) // 2
-            axes.set_title(f"{title}: {int(read_TT.sum())} of {causal}", loc="left", fontsize="medium")
+            axes.set_title(f"{title}: {int(read_TT.sum())} of {int(causal_TT.sum())}", loc="left", fontsize="medium")
             axes.set_xlabel("block of keys")
             axes.set_ylabel("block of queries")
             axes.tick_params(length=0)
