@@ -111,6 +111,8 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     if recipe.form == "folded":
         folding.check_foldable(skeleton.config)
     warnings = settings.ignored(recipe, method)
+    if not skeleton.experts and recipe.min_expert_tokens != Recipe.model_fields["min_expert_tokens"].default:
+        warnings.append("--min-expert-tokens had no effect: no block has experts")
     recipe, continued = _continue(recipe, recipe.output or default_output(recipe, source))
     stored = next(iter(skeleton.block_entries(0).values())).dtype
     dtype, why_dtype = settings.choose_dtype(recipe, device, stored)
@@ -501,7 +503,10 @@ def _identity(ready: Prepared, tokens: TokenSet | None) -> dict[str, str]:
     """What must be equal for two runs to give the same bytes."""
     recipe = ready.recipe.model_dump(mode="json")
     # Without calibration the sequence length is only the evaluation's.
-    identity = {key: str(recipe[key]) for key in DECISIVE if tokens or key != "seqlen"}
+    idle = set() if tokens else {"seqlen"}
+    if not ready.skeleton.experts:
+        idle.add("min_expert_tokens")
+    identity = {key: str(recipe[key]) for key in DECISIVE if key not in idle}
     if ready.recipe.plan:
         identity["plan"] = hash_file(ready.recipe.plan)[:16]
     identity["device"] = ready.skeleton.device.type
