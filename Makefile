@@ -7,8 +7,11 @@ BASE_PYTHON ?= python3
 WORKERS ?= 2
 PYTHON := $(abspath $(VENV))/bin/python
 INSTALLED := $(VENV)/.llmprune-installed
+# The ends of the supported range of transformers: the lowest release that pyproject.toml takes, and the newest one there is.
+FLOOR := $(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
+NEWEST := 5.24.0
 
-.PHONY: venv demo test test-crash test-kernels test-gpu check format bench bench-gpu clean
+.PHONY: venv demo test test-crash test-kernels test-gpu test-transformers families check format bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 venv: $(INSTALLED)
@@ -25,6 +28,27 @@ demo: venv
 
 test: venv
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Run with make -j 2. Every family with a mask and with other widths, as far as those releases could differ.
+test-transformers: test-transformers-$(FLOOR) test-transformers-$(NEWEST)
+
+test-transformers-%: $(VENV)/transformers-%/.installed
+	$(<D)/bin/python -c "from importlib.metadata import version; assert version('transformers') == '$*'"
+	$(<D)/bin/python -m pytest -p no:cacheprovider -k "(makes_of_a_family and (wanda or cfsp)) or masked_and_shrunk" \
+		tests/test_families.py tests/test_modeling.py
+
+# A virtual environment over the first one, which holds only what the other release of transformers needs otherwise.
+.PRECIOUS: $(VENV)/transformers-%/.installed
+$(VENV)/transformers-%/.installed: $(INSTALLED)
+	$(PYTHON) -m venv --without-pip --clear $(@D)
+	$(PYTHON) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$(echo $(@D)/lib/python*/site-packages)/first.pth
+	$(PYTHON) -m pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-compile transformers==$*
+	touch $@
+
+# Prune tiny models of every family by every method, and write what came of it into README.md; ARGS="mixtral gpt2" for some.
+families: venv
+	$(PYTHON) tests/helpers/matrix.py $(ARGS)
 
 test-crash: venv
 	LLMPRUNE_KILLS=50 $(PYTHON) -m pytest tests/test_survival.py -k killed

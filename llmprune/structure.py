@@ -78,11 +78,6 @@ def check(recipe: Recipe, skeleton: Skeleton) -> None:
             "--format masked."
         )
     anatomy.check_format(recipe.format)
-    if recipe.format == "auto" and not hasattr(skeleton.config, "per_layer_config"):
-        raise LLMPruneError(
-            "Blocks of different widths need a transformers that has per_layer_config (5.14 or later), and this one does not: "
-            "update it, or pass --format padded or masked."
-        )
     if recipe.compensate == "bias" and recipe.format == "padded" and not anatomy.linears[down_name(anatomy)].bias:
         raise LLMPruneError(
             f"The stock classes of {anatomy.family!r} have no bias in the FFN to compensate with: leave out --format padded, "

@@ -7,11 +7,14 @@ import itertools
 import json
 import math
 
+import matrix
 import pytest
+import stock
 import torch
 from in_process import llmprune
+from matrix import ANY, DENSE, NAMES, NM, QUICK, SAMPLES, SEQLEN, SPARSITY, SUBLAYER, tensors
 from reference import wanda_removed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import BLOCKS, LIMIT, VARIANTS, VOCABULARY, build, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,26 +25,12 @@ from llmprune.checkpoint import Checkpoint
 from llmprune.models import Skeleton
 from llmprune.stream import Stream
 
-SPARSITY = 0.45
-SAMPLES, SEQLEN = 5, 12
 ROLES = {
     "phi3": ["qkv", "o", "gate_up", "down"],
     "opt": ["q", "k", "v", "o", "up", "down"],
     "gpt_neox": ["qkv", "o", "up", "down"],
     "gpt2": ["qkv", "o", "up", "down"],
 }
-# Method, pattern and the order of work.
-RUNS = [
-    ("wanda", "unstructured", "block", "pruned"),
-    ("wanda", "unstructured", "sublayer", "pruned"),
-    ("wanda", "unstructured", "block", "dense"),
-    ("wanda", "2:4", "sublayer", "pruned"),
-    ("sparsegpt", "unstructured", "block", "pruned"),
-    ("sparsegpt", "unstructured", "block", "dense"),
-    ("sparsegpt", "2:4", "sublayer", "pruned"),
-    ("magnitude", "unstructured", "block", "pruned"),
-    ("random", "2:4", "block", "pruned"),
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,16 +46,21 @@ def _quick():
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
+def bench(tmp_path_factory):
+    """Tiny models, and what was made of them."""
+    with stock.Process(tmp_path_factory.mktemp("process")) as process:
+        yield matrix.Bench(tmp_path_factory.mktemp("bench"), process)
+
+
+@pytest.fixture(scope="module")
+def folder_of(bench):
     """A variant's model directory, built once."""
-    built = {}
+    return bench.model
 
-    def get(variant):
-        if variant not in built:
-            built[variant] = build(variant, tmp_path_factory.mktemp(variant))
-        return built[variant]
 
-    return get
+@pytest.fixture(scope="module")
+def in_readme():
+    return matrix.read_table(matrix.in_readme())
 
 
 @pytest.fixture(params=VARIANTS)
@@ -86,16 +80,9 @@ def ids_NT():
 
 def prune(model, output, *options):
     """Prune through the command line and return the record."""
-    outcome = llmprune(
-        *("prune", "--json", "--model", model, "--output", output, "--device", "cpu", "--calibration", "random"),
-        *("--samples", SAMPLES, "--seqlen", SEQLEN, "--micro-batch", 3, *options),
-    )
+    outcome = llmprune("prune", "--json", "--model", model, "--output", output, *QUICK, *options)
     assert outcome.code == 0, outcome.err
     return json.loads(outcome.out)
-
-
-def tensors(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def resident(folder, dtype=torch.float32):
@@ -126,22 +113,20 @@ def weight_OI(module):
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
-def bits(tensor):
-    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor
-
-
 def has_negative_zeros(tensor):
     return bool((torch.signbit(tensor) & (tensor == 0)).any())
 
 
-def assert_declared_zeros(weight, method, pattern):
-    zeros = weight == 0
-    if pattern == "2:4":
-        assert (zeros.reshape(-1, 4).sum(1) == 2).all()
-    elif method in ("wanda", "random"):
-        assert (zeros.sum(1) == math.floor(weight.shape[1] * SPARSITY)).all()
-    else:
-        assert zeros.sum() == math.floor(weight.numel() * SPARSITY)
+def test_the_readmes_table_has_all_families_and_all_methods(in_readme):
+    assert list(in_readme) == [(NAMES[family], method) for family in matrix.rows() for method in matrix.columns()]
+
+
+@pytest.mark.parametrize(("variant", "method"), matrix.tested())
+def test_a_method_makes_of_a_family_what_the_readmes_table_says(variant, method, bench, in_readme):
+    """Runs, checks and loads it: see matrix.py."""
+    assert (
+        bench.cell(variant, method, [matrix.in_turn(variant, method)]) == in_readme[NAMES[matrix.VARIANTS[variant][0]], method]
+    )
 
 
 def test_every_matrix_of_the_blocks_is_found_with_its_role(folder):
@@ -189,42 +174,10 @@ def test_streamed_perplexity_is_that_of_the_whole_model(folder, ids_NT, monkeypa
         assert found == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("run", RUNS, ids="-".join)
-def test_the_written_model_is_the_source_with_the_declared_zeros(folder, tmp_path, ids_NT, run):
-    method, pattern, sequential, propagate = run
-    amount = ("--pattern", pattern) if pattern != "unstructured" else ("--sparsity", SPARSITY)
-    record = prune(folder, tmp_path / "out", "--method", method, *amount, "--sequential", sequential, "--propagate", propagate)
-    before, after = tensors(folder), tensors(tmp_path / "out")
-    assert after.keys() == before.keys()
-
-    model, loaded = dense(folder), resident(tmp_path / "out")
-    pruned = {name for block in matrices(model) for name in block}
-    masks_only = method != "sparsegpt"
-    zeros = 0
-    for name, source in before.items():
-        if (linear := name.removesuffix(".weight")) not in pruned:
-            assert torch.equal(bits(after[name]), bits(source)), name
-            continue
-        weight = after[name].T if isinstance(model.get_submodule(linear), Conv1D) else after[name]
-        assert weight.dtype == source.dtype
-        assert_declared_zeros(weight, method, pattern)
-        assert not has_negative_zeros(weight)
-        kept = after[name] != 0
-        if masks_only:
-            assert torch.equal(after[name][kept], source[kept])
-            model.get_submodule(linear).weight[~kept] = 0.0
-        else:
-            assert not torch.equal(after[name][kept], source[kept])
-            model.get_submodule(linear).weight.copy_(after[name])
-        zeros += int((~kept).sum())
-    assert record["parameters"]["zero"] == zeros
-    assert torch.equal(loaded(ids_NT).logits, model(ids_NT).logits)
-
-
-def test_the_written_tokenizer_is_the_sources(folder, tmp_path):
-    prune(folder, tmp_path / "out", "--method", "magnitude")
+def test_the_written_tokenizer_is_the_sources(variant, bench):
+    pruned = bench.prune(variant, "magnitude", *ANY)
     text = "An odd – sentence,\n\n twice."
-    loaded, source = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(folder)
+    loaded, source = AutoTokenizer.from_pretrained(pruned.folder), AutoTokenizer.from_pretrained(bench.model(variant))
     assert loaded(text).input_ids == source(text).input_ids
     assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
 
@@ -266,15 +219,17 @@ def removed_by_the_paper(model, ids_NT, sequential, propagate):
 
 
 @pytest.mark.parametrize("order", [("block", "pruned"), ("sublayer", "pruned"), ("block", "dense")], ids="-".join)
-@pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox", "gemma3_text", "opt", "qwen3"], indirect=True)
-def test_streamed_wanda_removes_what_the_paper_removes(folder, variant, tmp_path, order):
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox", "gemma3_text", "opt", "qwen3", "olmo2"], indirect=True)
+def test_streamed_wanda_removes_what_the_paper_removes(folder, variant, bench, order):
     sequential, propagate = order
-    prune(folder, tmp_path / "out", "--sparsity", SPARSITY, "--sequential", sequential, "--propagate", propagate)
+    options = {("sublayer", "pruned"): (*ANY, *SUBLAYER), ("block", "dense"): (*ANY, *DENSE)}.get(order, ANY)
     samples = calibration.calibration_set("random", None, samples=SAMPLES, seqlen=SEQLEN, seed=0, vocab_size=VOCABULARY)
     expected = removed_by_the_paper(dense(folder), samples.ids_NT, sequential, propagate)
-    for block in matrices(resident(tmp_path / "out")):
+    found = tensors(bench.prune(variant, "wanda", *options).folder)
+    for block in matrices(dense(folder)):
         for name, module in block.items():
-            assert torch.equal(weight_OI(module) == 0, expected[name]), name
+            zero = found[f"{name}.weight"] == 0
+            assert torch.equal(zero.T if isinstance(module, Conv1D) else zero, expected[name]), name
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2"], indirect=True)
@@ -292,14 +247,14 @@ def test_the_three_orders_of_work_differ(folder, ids_NT):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_checkpoint_stays_in_its_dtype(variant, tmp_path, method, dtype):
     source = build(variant, tmp_path / "source", dtype=dtype)
-    prune(source, tmp_path / "out", "--method", method, "--pattern", "2:4")
+    prune(source, tmp_path / "out", "--method", method, *NM)
     written = tensors(tmp_path / "out")
     assert {tensor.dtype for tensor in written.values()} == {dtype}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == dtype
     for block in matrices(loaded):
         for module in block.values():
-            assert_declared_zeros(weight_OI(module), method, "2:4")
+            assert ((weight_OI(module) == 0).reshape(-1, 4).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("variant", ["llama_tied", "gpt2", "opt"])
