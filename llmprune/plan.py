@@ -138,7 +138,7 @@ def _whole(ready: Prepared) -> int:
 
 def looked_at(ready: Prepared, linears: list[Linear]) -> list[Linear]:
     """Of a block's linears, those whose inputs the method looks at: all, or those that read what it removes."""
-    roles = {"cfsp": ("down",), "tyr": tuple(READER.values())}.get(ready.recipe.method)
+    roles = {"cfsp": ("down",), "reap": ("down",), "tyr": tuple(READER.values())}.get(ready.recipe.method)
     return [linear for linear in linears if roles is None or linear.role in roles]
 
 

@@ -20,6 +20,7 @@ from .activation_plan import Plan
 from .calibration import TokenSet
 from .checkpoint import Checkpoint, hash_file
 from .errors import LLMPruneError
+from .expert_surgery import ExpertSurgeon
 from .methods import Method, icbs
 from .models import Skeleton, Source, load_tokenizer, resolve
 from .output import Facts, Output, check_directory, check_space, settled_recipe
@@ -186,7 +187,7 @@ def run(recipe: Recipe, *, say: Say, quiet: bool) -> Result:
             output.finished_blocks = ranks.from_main(output.finished_blocks)
             stream = _stream_blocks(ready, output, tokens, ranks, say, quiet)
             if ranks.is_main:
-                surgeon = stream.cutter if isinstance(stream.cutter, Surgeon) else None
+                surgeon = stream.cutter if isinstance(stream.cutter, Surgeon | ExpertSurgeon) else None
                 record = _record(ready, output, tokens, stream, surgeon)
                 for warning in cast(list[str], record["warnings"])[len(ready.warnings) :]:
                     say(f"warning: {warning}.")
@@ -332,7 +333,7 @@ def _allotted(
 def progress_steps(ready: Prepared) -> int:
     """How often a method advances its bar."""
     blocks, recipe = len(ready.skeleton.blocks), ready.recipe
-    if recipe.method == "cfsp":
+    if recipe.method == "cfsp":  # looked at, then written
         return 2 * blocks
     if recipe.method == "tyr" and recipe.search and recipe.allocation == "searched":
         return blocks + recipe.search.iterations * (blocks + recipe.search.generations)
@@ -340,7 +341,7 @@ def progress_steps(ready: Prepared) -> int:
 
 
 def _record(
-    ready: Prepared, output: Output, tokens: TokenSet | None, stream: Stream, surgeon: Surgeon | None
+    ready: Prepared, output: Output, tokens: TokenSet | None, stream: Stream, surgeon: Surgeon | ExpertSurgeon | None
 ) -> dict[str, object]:
     """What llmprune.json says, but for measurements that come after it."""
     recipe, skeleton = ready.recipe, ready.skeleton
@@ -376,7 +377,8 @@ def _record(
             "stored": sum(entry.numel for entry in output.written_entries().values()),
         },
         "blocks": [
-            {key: value for key, value in block.items() if key in ("influence", "importance", "sparsity")} for block in facts
+            {key: value for key, value in block.items() if key in ("influence", "importance", "sparsity", "experts")}
+            for block in facts
         ],
         "linears": linears,
         **widths,
@@ -558,7 +560,10 @@ def coverage_line(ready: Prepared) -> str:
     """Which matrices will be pruned."""
     skeleton = ready.skeleton
     if ready.recipe.structured:
-        what = "FFN channels" + (" and attention heads" if ready.recipe.method == "tyr" else "")
+        what = "experts" if ready.recipe.method == "reap" else "FFN channels"
+        if ready.recipe.method == "cfsp" and structure.has_experts(skeleton):
+            what = "FFN channels of experts"
+        what += " and attention heads" if ready.recipe.method == "tyr" else ""
         prunable = structure.prunable_parameters(ready.recipe, skeleton)
         return (
             f"prunable: {what} of {len(skeleton.blocks)} blocks, {prunable / 1e6:.1f} M parameters = "

@@ -53,12 +53,19 @@ IMPLIED: dict[str, dict[str, object]] = {
         "sequential": "sublayer",
     },
     "cfsp": {"allocation": "block-influence", "compensate": "lstsq", "sequential": "sublayer"},
+    "reap": {"metric": "reap", "propagate": "dense"},
     "tyr": {"allocation": "searched", "sequential": "sublayer"},
     "wina": {"allocation": "closed-form", "propagate": "dense"},
 }
-# Methods that remove FFN channels or attention heads, and what belongs to them alone.
-STRUCTURED = ("cfsp", "tyr")
+# Methods that remove FFN channels, attention heads or experts, and what belongs to them alone.
+STRUCTURED = ("cfsp", "reap", "tyr")
 STRUCTURAL = ("of", "target_params", "multiple_of", "heads", "metric", "compensate", "format", "plan", "type_coupling")
+# How a structured method can share its budget, and score what it chooses among.
+ALLOCATIONS = {"cfsp": ("uniform", "block-influence"), "reap": ("uniform",), "tyr": ("uniform", "searched")}
+METRICS = {
+    "cfsp": ("act", "wanda_sp", "rel", "out_energy", "wifv", "magnitude", "random"),
+    "reap": ("reap", "frequency", "random"),
+}
 # What only methods that choose single weights can be told.
 WEIGHTWISE = ("pattern", "group", "refine", "reconstruct", "rounds")
 # What belongs to activation sparsity alone.
@@ -101,8 +108,8 @@ class Recipe(BaseModel):
         "kv_group",
         description="Attention loses key-value heads with all their queries, or one query head of each key-value head.",
     )
-    metric: Literal["act", "wanda_sp", "rel", "out_energy", "wifv", "magnitude", "random"] = Field(
-        "act", description="How CFSP scores the channels of an FFN."
+    metric: Literal["act", "wanda_sp", "rel", "out_energy", "wifv", "magnitude", "random", "reap", "frequency"] = Field(
+        "act", description="How CFSP scores the channels of an FFN; REAP scores experts by reap, frequency or random."
     )
     compensate: Literal["none", "bias", "lstsq"] = Field(
         "none", description="What CFSP does for the channels that are gone: a bias, or the others fitted by least squares."
@@ -329,14 +336,24 @@ class Recipe(BaseModel):
             raise LLMPruneError(
                 f"--target-params {self.target_params} says how much to remove, and so does --sparsity: give one of them."
             )
-        allocations = ("uniform", "block-influence") if self.method == "cfsp" else ("uniform", "searched")
-        if self.allocation not in allocations:
+        if self.allocation not in ALLOCATIONS[self.method]:
             raise LLMPruneError(
-                f"--method {self.method} shares its budget by {' or '.join(allocations)}, not by {self.allocation}: give "
-                "another --allocation."
+                f"--method {self.method} shares its budget by {' or '.join(ALLOCATIONS[self.method])}, not by "
+                f"{self.allocation}: give another --allocation."
+            )
+        if self.metric not in METRICS.get(self.method, (self.metric,)):
+            raise LLMPruneError(
+                f"--metric {self.metric} is none of --method {self.method}'s: give {', '.join(METRICS[self.method])}."
+            )
+        if self.method == "reap" and (self.propagate, self.sequential) != ("dense", "block"):
+            raise LLMPruneError(
+                f"--method reap looks at the dense model, which --propagate {self.propagate} --sequential {self.sequential} "
+                "does not: leave them out."
             )
         for flag, methods in (
-            ("metric", ("cfsp",)),
+            ("metric", ("cfsp", "reap")),
+            ("multiple_of", ("cfsp", "tyr")),
+            ("format", ("cfsp", "tyr")),
             ("compensate", ("cfsp",)),
             ("plan", ("cfsp",)),
             ("heads", ("tyr",)),

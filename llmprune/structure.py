@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import surgery
+from . import mixture, surgery
 from .anatomy import Anatomy, Kept, Sizes, kv_heads_of, positions
 from .anatomy import anatomy as anatomy_of
 from .checkpoint import reading
@@ -32,8 +32,15 @@ PLAN = "llmprune_plan.json"
 LARGEST = 0.95
 
 
+def has_experts(skeleton: Skeleton) -> bool:
+    """Whether blocks of this family may have experts."""
+    return skeleton.family.experts is not None
+
+
 def prunable_parameters(recipe: Recipe, skeleton: Skeleton) -> int:
     """Parameters of all units that the recipe's method may remove."""
+    if has_experts(skeleton):
+        return mixture.prunable_parameters(recipe.method, skeleton)
     anatomy = anatomy_of(skeleton.config)
     channels = sum(sizes.channels for sizes in anatomy.blocks) * anatomy.channel_cost
     if recipe.method != "tyr":
@@ -71,6 +78,9 @@ def parameters_asked_for(text: str) -> int:
 
 def check(recipe: Recipe, skeleton: Skeleton) -> None:
     """Raise `LLMPruneError` if the architecture cannot be pruned or stored as the recipe says."""
+    if has_experts(skeleton) or recipe.method == "reap":
+        mixture.check(recipe, skeleton)
+        return
     anatomy = anatomy_of(skeleton.config)
     if recipe.method == "tyr" and not anatomy.physical:
         raise LLMPruneError(

@@ -80,6 +80,11 @@ def use_of(record: Record) -> str:
             f"Stored without loss as {record.storage.format}, in {record.storage.share:.2f} of the bytes on disk; in memory it "
             f"is as large and as fast as before. It {loads}."
         )
+    if record.method == "reap":
+        return (
+            "Fewer experts: smaller on disk and in memory, with no special kernel; a token still goes through as many, so it "
+            f"takes as long where the weights fit; {loads}."
+        )
     if record.structured:
         return {
             "auto": f"Smaller matrices: smaller on disk and faster everywhere, with no special kernel; {loads}.",

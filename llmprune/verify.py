@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import activation_plan, output, structure, surgery
+from . import activation_plan, expert_surgery, output, structure, surgery
 from .activation_plan import Plan as ActivationPlan
 from .anatomy import Anatomy, Format, Sizes
 from .anatomy import anatomy as anatomy_of
@@ -183,9 +183,11 @@ def _check_structure(directory: Path, record: dict) -> list[str]:  # type: ignor
     Raises:
         LLMPruneError: the plan or the configuration cannot be read.
     """
-    plan = Plan.from_json((directory / structure.PLAN).read_text(encoding="utf-8"))
     # Its shapes are those of config.json, or this is an error.
     skeleton = Skeleton(directory)
+    if structure.has_experts(skeleton):
+        return list(expert_surgery.problems(directory, skeleton, record))
+    plan = Plan.from_json((directory / structure.PLAN).read_text(encoding="utf-8"))
     stored = anatomy_of(skeleton.config)
     # Where units lie follows from the architecture, how many there were from the plan.
     source = replace(stored, blocks=plan.sizes)

@@ -20,6 +20,10 @@ Channel i of an FFN is row i of gate and up with column i of down; u_i is what d
    what the FFN gave before (equation 3 of `elimination`), on the inputs that come from pruned blocks, which takes one more
    forward.
 
+Experts have one width in stock classes, so of a mixture of experts every one keeps as many channels, its own by the tokens that
+were routed to it: step 2 alone, and by magnitude where they are fewer than `--min-expert-tokens`. The expert that all tokens go
+through is cut likewise (see `mixture`), dense blocks are not.
+
 The published code keeps one channel too many, leaves a block dense that should keep less than 64 channels, and its importances
 depend on the number of calibration tokens; here budgets are met exactly and importances are means.
 """
@@ -28,6 +32,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,16 +41,22 @@ from .. import allocation, reconstruction
 from ..anatomy import Kept
 from ..anatomy import anatomy as anatomy_of
 from ..elimination import restricted
+from ..expert_surgery import ExpertSurgeon, KeptExperts
+from ..mixture import mixture_of
 from ..models import Linear, Skeleton
 from ..recipe import Recipe
+from ..refinement import is_starved
 from ..statistics import CrossHessian, Hessian, Moments
 from ..stream import Block, Stream
-from ..structure import Surgeon, fit, plan_of, share_to_remove
+from ..structure import Surgeon, fit, has_experts, plan_of, share_to_remove
 
 STATISTIC = Moments
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
+    if has_experts(stream.skeleton):
+        narrow_experts(stream, recipe)
+        return
     importance_B, score_BD, mean_BD = looked_at(stream, recipe)
     given = plan_of(recipe, stream.skeleton)
     kept_B = list(given.blocks) if given else chosen(stream.skeleton, recipe, importance_B, score_BD)
@@ -76,6 +87,55 @@ def chosen(skeleton: Skeleton, recipe: Recipe, importance_B: Sequence[float], sc
     for block, width in zip(able, widths, strict=True):
         kept_B[block] = Kept(highest(score_BD[block], width), kept_B[block].heads)
     return kept_B
+
+
+def narrow_experts(stream: Stream, recipe: Recipe) -> None:
+    """Every expert keeps as many channels, the shared one in proportion: those of the highest scores."""
+    whole = mixture_of(stream.skeleton)
+    left = whole.narrowed(share_to_remove(recipe, stream.skeleton), recipe.multiple_of)
+    score, tokens = experts_looked_at(stream, recipe)
+    kept_B = []
+    for index in whole.blocks:
+        downs = [linear for linear in stream.skeleton.linears[index] if linear.role == "down"]
+        channels = tuple(highest(score[down.name], left.width) for down in downs if down.expert is not None)
+        shared = [highest(score[down.name], left.shared) for down in downs if down.expert is None]
+        kept_B.append(KeptExperts(tuple(range(whole.experts)), channels, shared[0] if shared else None))
+    surgeon = stream.operate(ExpertSurgeon(stream.skeleton, recipe, kept_B))
+    for block in stream.blocks(forward=False):
+        if block.index in whole.blocks:
+            surgeon.cut(block, surgeon.kept[block.index])
+        for linear in block.linears:
+            if linear.expert is not None:
+                linear.facts["tokens"] = seen = tokens[block.index][linear.expert]
+                if seen < recipe.min_expert_tokens:
+                    linear.facts["fallback"] = "magnitude"
+
+
+def experts_looked_at(stream: Stream, recipe: Recipe) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """What one forward of the dense model shows, or showed before this run was interrupted.
+
+    Returns:
+        The scores of the channels of every expert, float32 [D], by the name of its down, and of every block the tokens of each
+        expert, none where a block has no experts.
+    """
+    saved = stream.output.read_progress() if stream.output else None
+    if saved is None:
+        found: dict[str, Tensor] = {}
+        tokens_B: list[list[int]] = []
+        for block in stream.survey().blocks():
+            tokens_B.append([])
+            if all(linear.expert is None for linear in block.linears):
+                continue
+            for down, inputs in block.observe(Moments, {"down"}):
+                known = recipe.model_copy(update={"metric": "magnitude"}) if is_starved(down, inputs, recipe) else recipe
+                found[down.name] = score(block, down, inputs, known).cpu()
+                if down.expert is not None:
+                    tokens_B[-1].append(inputs.seen)
+        saved = found, {"tokens": tokens_B}
+        if stream.output and stream.ranks.is_main:
+            stream.output.write_progress(*saved)
+    scores, facts = saved
+    return scores, cast(list[list[int]], facts["tokens"])
 
 
 def looked_at(stream: Stream, recipe: Recipe) -> tuple[list[float], list[Tensor], list[Tensor]]:
@@ -123,9 +183,15 @@ def score(block: Block, down: Linear, inputs: Moments, recipe: Recipe) -> Tensor
         case "rel":
             shares_DJ = [shares(weight_JD.T.abs() * rms_D[:, None])]
             for linear in block.linears:
-                if linear.role in ("gate", "up", "gate_up"):
+                if linear.role in ("gate", "up", "gate_up") and owner(linear) == owner(down):
                     shares_DJ += [shares(half.abs()) for half in linear.weight_OI.split(len(rms_D))]
             return rms_D * torch.stack([share_DJ.mean(dim=1) for share_DJ in shares_DJ]).sum(dim=0)
+    raise AssertionError(f"{recipe.metric} scores experts")
+
+
+def owner(linear: Linear) -> str:
+    """The name of the FFN or expert that a linear is part of."""
+    return linear.name.rpartition(".")[0]
 
 
 def shares(size_DJ: Tensor) -> Tensor:
