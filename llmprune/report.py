@@ -349,34 +349,6 @@ def routed_table(record: Record) -> list[RoutedRow]:
     ]
 
 
-@dataclass(frozen=True)
-class ExpertRow:
-    """What was seen of a block's experts, as text: numbers of experts, and ranges over those removed and those kept."""
-
-    block: int
-    removed: str
-    idle: str
-    low: str
-    high: str
-    tokens: str
-
-
-def expert_table(record: Record) -> list[ExpertRow]:
-    """One row for each block whose experts a method chose among."""
-    rows = []
-    for index, block in enumerate(record.blocks):
-        if experts := block.experts:
-            removed = experts.removed
-            low, high = (_range([experts.saliency[expert] for expert in group]) for group in (removed, experts.kept))
-            idle = ", ".join(map(str, experts.idle))
-            rows.append(ExpertRow(index, ", ".join(map(str, removed)) or "–", idle, low, high, _span(experts.tokens)))
-    return rows
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.4g} … {max(values):.4g}" if values else "–"
-
-
 def _span(sizes: Sequence[int]) -> str:
     low, high = min(sizes), max(sizes)
     return str(low) if low == high else f"{low} … {high}"
