@@ -202,8 +202,9 @@ def gate_norms(weights: Sequence[tuple[str, Tensor]], score: str) -> Tensor:
 def feeding_norm(block: nn.Module, role: str) -> Tensor | None:
     """The gain g of the norm whose output a linear reads, float32 [I]; None where it reads no norm's output."""
     names = ATTENTION_NORMS if role in ("q", "k", "v", "qkv") else MLP_NORMS if role in ("gate", "up", "gate_up") else ()
-    # OPT-350m normalises after its sub-layers.
-    if not names or getattr(block, "do_layer_norm_before", True) is False:
+    # OPT-350m and OLMo 2 normalise after their sub-layers.
+    after = hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "pre_feedforward_layernorm")
+    if not names or after or getattr(block, "do_layer_norm_before", True) is False:
         return None
     for name in names:
         norm = getattr(block, name, None)

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import math
+import re
 
 import matrix
 import pytest
@@ -119,6 +120,15 @@ def has_negative_zeros(tensor):
 
 def test_the_readmes_table_has_all_families_and_all_methods(in_readme):
     assert list(in_readme) == [(NAMES[family], method) for family in matrix.rows() for method in matrix.columns()]
+
+
+def test_the_readme_names_the_releases_of_transformers_that_are_tested():
+    lowest = re.search(r"transformers>=([\d.]+)", (matrix.README.parent / "pyproject.toml").read_text())[1]
+    newest = re.search(r"^NEWEST := (.*)$", (matrix.README.parent / "Makefile").read_text(), re.MULTILINE)[1]
+    pinned = re.search(r"^transformers==(.*)$", (matrix.README.parent / "constraints.txt").read_text(), re.MULTILINE)[1]
+    said = " ".join(matrix.README.read_text(encoding="utf-8").split())
+    assert f"the pinned release of transformers ({pinned})" in said
+    assert f"the lowest release that llmprune accepts ({lowest}) and on {newest}" in said
 
 
 @pytest.mark.parametrize(("variant", "method"), matrix.tested())

@@ -26,7 +26,7 @@ from llmprune.surgery import Kept
 
 # Name to (variant, changes of its configuration).
 MODELS: dict[str, tuple[str, dict[str, object]]] = {
-    name: (name, {}) for name in VARIANTS if name not in ("opt_norm_after", "llama_tied")
+    name: (name, {}) for name in VARIANTS if name not in ("opt_norm_after", "olmo2", "llama_tied")
 } | {
     "llama_mha": ("llama", {"num_key_value_heads": 3}),
     "llama_grouped": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "opt_gelu": ("opt", {"activation_function": "gelu"}),
     "gpt2_relu": ("gpt2", {"activation_function": "relu"}),
 }
-GROUPED = ["llama", "llama_grouped", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "phi3_grouped"]
+GROUPED = ["llama", "llama_grouped", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "phi3", "phi3_grouped"]
 BY_MAGNITUDE = ["opt_gelu", "gpt2", "gpt_neox", "gpt_neox_in_series"]
 READERS = [("q", "k", "v", "qkv"), ("gate", "up", "gate_up"), ("o",), ("down",)]
 
