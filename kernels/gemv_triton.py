@@ -103,10 +103,10 @@ def partial_of_rows(
 
 @triton.jit
 def combine(sums_ptr, bias_ptr, y_ptr, outputs, splits, HAS_BIAS: tl.constexpr, BLOCK_O: tl.constexpr):
-    """The sums [splits, tokens, outputs] of all splits in order, and the bias, in the output's dtype; grid (blocks, tokens)."""
-    column = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    at = tl.program_id(1) * outputs + column
-    size = tl.num_programs(1) * outputs
+    """The sums [splits, tokens, outputs] of all splits in order, and the bias, in the output's dtype; grid (tokens, blocks)."""
+    column = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    at = tl.program_id(0).to(tl.int64) * outputs + column
+    size = tl.num_programs(0).to(tl.int64) * outputs
     there = column < outputs
     total = tl.zeros((BLOCK_O,), tl.float32)
     for split in range(splits):
@@ -155,6 +155,6 @@ def _combined(sums_SO: Tensor, dtype: torch.dtype, bias_O: Tensor | None) -> Ten
     splits, outputs = sums_SO.shape
     y_O = torch.empty(outputs, dtype=dtype, device=sums_SO.device)
     bias = y_O if bias_O is None else bias_O
-    grid = (triton.cdiv(outputs, BLOCK_O), 1)
+    grid = (1, triton.cdiv(outputs, BLOCK_O))
     combine[grid](sums_SO, bias, y_O, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O)
     return y_O

@@ -196,6 +196,6 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
             num_warps=WARPS,
         )
         bias = y_NO if bias_O is None else bias_O
-        grid = (triton.cdiv(outputs, BLOCK_O), tokens)
+        grid = (tokens, triton.cdiv(outputs, BLOCK_O))
         combine[grid](sums_SNO, bias, y_NO, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O)
     return y_NO

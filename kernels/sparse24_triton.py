@@ -25,7 +25,8 @@ MOST_TOKENS_GEMV = 4
 # Outputs and groups of four inputs of a tile, and warps.
 GEMV = (16, 64, 4)
 EXPAND = (64, 64, 4)
-# Tokens of a tile; 16 is the least that tensor cores take. More tokens go with fewer groups, as shared memory holds x's tile.
+# Tokens of a tile; 16 is the least that tensor cores take. More tokens or wider types go with fewer groups, as shared memory
+# holds the tiles.
 LEAST_TILE, LARGEST_TILE = 16, 64
 # Programs that keep a large GPU busy, and trips below which a split is not worth its sums.
 PROGRAMS, FEWEST_TRIPS = 512, 4
@@ -119,7 +120,8 @@ def expand(
     """The same sums, on tensor cores."""
     row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     split = tl.program_id(1)
-    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    # A long prompt's inputs can be more than 32 bits count.
+    token = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     total = tl.zeros((BLOCK_O, TOKENS), tl.float32)
     for start in range(split * share, min((split + 1) * share, groups), BLOCK_G):
         first, second, at_first, at_second = _kept(
@@ -149,7 +151,7 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
     else:
         kernel, (block_o, block_g, warps) = expand, EXPAND
         tile = min(max(triton.next_power_of_2(tokens), LEAST_TILE), LARGEST_TILE)
-        block_g = block_g * LEAST_TILE // tile
+        block_g = block_g * LEAST_TILE * 2 // (tile * x_NI.element_size())
     groups = inputs // 4
     blocks, tiles = triton.cdiv(outputs, block_o), triton.cdiv(tokens, tile)
     trips = triton.cdiv(groups, block_g)
@@ -175,6 +177,6 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
             num_warps=warps,
         )
         bias = y_NO if bias_O is None else bias_O
-        grid = (triton.cdiv(outputs, COMBINED), tokens)
+        grid = (tokens, triton.cdiv(outputs, COMBINED))
         combine[grid](sums_SNO, bias, y_NO, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=COMBINED)
     return y_NO
