@@ -54,12 +54,11 @@ def _built(name: str, compiler: str, parallel: bool) -> Path:
     source = Path(__file__).resolve().with_name(f"{name}.cpp")
     flags = [*FLAGS, *(["-fopenmp"] if parallel else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
-    key = hashlib.sha256("\0".join([version, *flags, _processor()]).encode() + source.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmprune" / "kernels"
-    file = folder / f"{name}-{key}.so"
+    key = hashlib.sha256("\0".join([version, *flags, processor()]).encode() + source.read_bytes()).hexdigest()[:16]
+    file = folder() / f"{name}-{key}.so"
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as work:
             compiled, linked = f"{work}/{name}.o", f"{work}/{name}.so"
             for command in (
                 [compiler, *flags, "-c", str(source), "-o", compiled],
@@ -71,7 +70,17 @@ def _built(name: str, compiler: str, parallel: bool) -> Path:
     return file
 
 
-def _processor() -> str:
+def folder() -> Path:
+    """Where libraries are kept, and what kernels measured of this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmprune" / "kernels"
+
+
+def names() -> list[str]:
+    """The libraries that there can be."""
+    return sorted(file.stem for file in Path(__file__).resolve().parent.glob("*.cpp"))
+
+
+def processor() -> str:
     """What -march=native looks at, since a home directory may be shared by unlike machines."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -6,7 +6,7 @@ Of each group of four weights along the input dimension two are stored, at posit
 of 4, 8, 9, 12, 13, 14. A group with fewer than two nonzeros keeps its lowest other positions beside them, as zeros (nibble 4
 for none). Zeros come back as +0.0, whatever their sign was; every other value keeps its bits, NaN and infinity included.
 
-Two layouts, of float32, bfloat16 or float16 values (fragment: of the latter two):
+Three layouts, of float32, bfloat16 or float16 values (fragment: of the latter two):
 
 simple, for storage and portable kernels; I is a multiple of 16:
     words int32 [O, I/4]: the kept pair of a group, the first one in the low half. For float32 [O, I/2], a value each.
@@ -18,6 +18,11 @@ fragment, as the sparse tensor cores of NVIDIA read it (PTX ISA, mma.sp.m16n8k32
     meta  int32 [O/16, I/64, 32 lanes]. With lane = 4 g + 2 h + p, the nibbles of inputs 16 p to 16 p + 15 of step 2 j + h: of
     row g in the low half, of row g + 8 in the high one. The instruction's selector is h.
 
+vector, as sparse24.cpp reads it; I is a multiple of 16. Padded with zeros to blocks of 4 rows and steps of 32 inputs:
+    words int32 [blocks, steps, 4 pairs, 2 halves, 4 rows], the kept pair of group `pair + 4 half` of a step. For float32 there
+    is one more dimension after the pairs, [.., 4 pairs, 2, 2 halves, 4 rows], of the first and the second value.
+    meta  int32 [blocks, steps, 4 rows]: the nibbles of eight groups, the first in the low bits.
+
 A kernel's module offers `matmul(x_NI, packed, bias_O) -> y_NO`, where x and the bias (or None) are contiguous, of the packed
 dtype and on its device, and the sums are in float32.
 """
@@ -25,13 +30,16 @@ dtype and on its device, and the sums are in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-Layout = Literal["simple", "fragment"]
+Layout = Literal["simple", "fragment", "vector"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What moves values bit by bit: moving bfloat16 as such may change which NaN it is.
+_INTEGERS = {4: torch.int32, 2: torch.int16}
 
 
 def _nibble_of(nonzeros: int) -> int:
@@ -94,8 +102,11 @@ class Packed24:
         if layout == self.layout:
             return self
         _check_shape(self.shape, self.dtype, layout)
-        words, meta = _to_fragment(self) if layout == "fragment" else _from_fragment(self)
-        return Packed24(words, meta, self.shape, self.dtype, layout)
+        if self.layout == "simple":
+            words, meta = _to_fragment(self) if layout == "fragment" else _to_vector(self)
+            return Packed24(words, meta, self.shape, self.dtype, layout)
+        words, meta = _from_fragment(self) if self.layout == "fragment" else _from_vector(self)
+        return Packed24(words, meta, self.shape, self.dtype).to_layout(layout)
 
     def kept(self) -> tuple[Tensor, Tensor]:
         """Values [O, I/4, 2] in the weight's dtype and their positions in the group, int64, of the same shape."""
@@ -110,8 +121,9 @@ class Packed24:
         """The weight [O, I] with its zeros."""
         values_OG2, positions_OG2 = self.kept()
         outputs, inputs = self.shape
-        dense_OG4 = torch.zeros(outputs, inputs // 4, 4, dtype=self.dtype, device=self.device)
-        return dense_OG4.scatter_(-1, positions_OG2, values_OG2).reshape(outputs, inputs)
+        bits_OG2 = values_OG2.view(_INTEGERS[self.dtype.itemsize])
+        dense_OG4 = torch.zeros((outputs, inputs // 4, 4), dtype=bits_OG2.dtype, device=self.device)
+        return dense_OG4.scatter_(-1, positions_OG2, bits_OG2).view(self.dtype).reshape(outputs, inputs)
 
 
 def mask24(weight_OI: Tensor, score_OI: Tensor | None = None) -> Tensor:
@@ -135,8 +147,8 @@ def check24(weight_OI: Tensor) -> None:
     count = int((weight_OI[row, 4 * group : 4 * group + 4] != 0).sum())
     raise ValueError(
         f"The weight is not 2:4 sparse: row {row}, group {group} (inputs {4 * group} to {4 * group + 3}) has {count} nonzeros, "
-        f"and {int(too_many_OG.sum())} of {too_many_OG.numel()} groups have more than 2; prune it with the pattern 2:4 or leave "
-        "it dense."
+        f"and {int(too_many_OG.sum())} of {too_many_OG.numel()} groups have more than 2; prune it with the pattern 2:4 or "
+        "leave it dense."
     )
 
 
@@ -145,7 +157,7 @@ def pack24(weight_OI: Tensor, layout: Layout = "simple", dtype: torch.dtype | No
 
     Args:
         weight_OI: 2:4 sparse along its inputs.
-        layout: simple or fragment.
+        layout: simple, fragment or vector.
         dtype: of the packed values; by default the weight's.
 
     Raises:
@@ -164,9 +176,8 @@ def pack24(weight_OI: Tensor, layout: Layout = "simple", dtype: torch.dtype | No
         check24(weight_OI)
     positions_OG2 = torch.stack([nibbles_OG & 3, nibbles_OG >> 2], dim=-1)
     # -0.0 == 0: a masked negative weight is one, and whether it is stored would depend on its neighbours.
-    values_OG2 = weight_OG4.gather(-1, positions_OG2)
-    values_OG2 = values_OG2.masked_fill(values_OG2 == 0, 0)
-    words = values_OG2.reshape(outputs, inputs // 2).view(torch.int32)
+    bits_OG4 = weight_OG4.view(_INTEGERS[dtype.itemsize]).masked_fill(weight_OG4 == 0, 0)
+    words = bits_OG4.gather(-1, positions_OG2).reshape(outputs, inputs // 2).view(torch.int32)
     nibble_shifts = torch.arange(0, 16, 4, device=device)
     meta = (nibbles_OG.reshape(outputs, inputs // 16, 4) << nibble_shifts).sum(dim=-1).to(torch.int16)
     return Packed24(words, meta, (outputs, inputs), dtype).to_layout(layout)
@@ -179,6 +190,9 @@ def part_shapes(
     outputs, inputs = shape
     if layout == "fragment":
         return (outputs // 16, inputs // 32, 32, 4), (outputs // 16, inputs // 64, 32), torch.int32
+    if layout == "vector":
+        blocks, steps = -(-outputs // 4), -(-inputs // 32)
+        return (blocks, steps, *_pairs(dtype), 2, 4), (blocks, steps, 4), torch.int32
     return (outputs, inputs * dtype.itemsize // 8), (outputs, inputs // 16), torch.int16
 
 
@@ -242,6 +256,34 @@ def _from_fragment(packed: Packed24) -> tuple[Tensor, Tensor]:
     return words.reshape(outputs, inputs // 4).contiguous(), meta.reshape(outputs, inputs // 16).contiguous()
 
 
+def _pairs(dtype: torch.dtype) -> tuple[int, ...]:
+    """Of the vector layout's words, those before the halves: pairs of groups, and the values that do not share a word."""
+    return (4,) if dtype.itemsize == 2 else (4, 2)
+
+
+def _to_vector(packed: Packed24) -> tuple[Tensor, Tensor]:
+    (blocks, steps, *_), _, _ = part_shapes(packed.shape, packed.dtype, "vector")
+    outputs, inputs = packed.shape
+    padding = 4 * blocks - outputs
+    columns = (32 * steps - inputs) // 16
+    words = pad(packed.words, (0, columns * 2 * packed.dtype.itemsize, 0, padding))
+    meta = pad(packed.meta, (0, columns, 0, padding)).contiguous().view(torch.int32)
+    # [block, row, step, half, pair, value] -> [block, step, pair, value, half, row]
+    words = words.reshape(blocks, 4, steps, 2, 4, -1).permute(0, 2, 4, 5, 3, 1)
+    return (
+        words.reshape(blocks, steps, *_pairs(packed.dtype), 2, 4).contiguous(),
+        meta.reshape(blocks, 4, steps).permute(0, 2, 1).contiguous(),
+    )
+
+
+def _from_vector(packed: Packed24) -> tuple[Tensor, Tensor]:
+    outputs, inputs = packed.shape
+    blocks, steps = packed.meta.shape[:2]
+    words = packed.words.reshape(blocks, steps, 4, -1, 2, 4).permute(0, 5, 1, 4, 2, 3).reshape(4 * blocks, -1)
+    meta = packed.meta.permute(0, 2, 1).reshape(4 * blocks, steps).contiguous().view(torch.int16)
+    return words[:outputs, : inputs * packed.dtype.itemsize // 8].contiguous(), meta[:outputs, : inputs // 16].contiguous()
+
+
 def _check_groups(weight_OI: Tensor) -> None:
     if weight_OI.ndim != 2 or weight_OI.shape[1] % 4:
         raise ValueError(f"A 2:4 weight is [O, I] with a multiple of 4 inputs, and this one is {list(weight_OI.shape)}.")
@@ -250,8 +292,8 @@ def _check_groups(weight_OI: Tensor) -> None:
 def _check_shape(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     """Raise `ValueError` for what a layout cannot hold."""
     outputs, inputs = shape
-    if layout not in ("simple", "fragment"):
-        raise ValueError(f"Unknown layout {layout!r}: use simple or fragment.")
+    if layout not in get_args(Layout):
+        raise ValueError(f"Unknown layout {layout!r}: use one of {', '.join(get_args(Layout))}.")
     if dtype not in DTYPES or (layout == "fragment" and dtype.itemsize != 2):
         names = "bfloat16 or float16" if layout == "fragment" else "float32, bfloat16 or float16"
         raise ValueError(f"The {layout} layout holds {names}, not {_name(dtype)}; convert the weight or leave it dense.")

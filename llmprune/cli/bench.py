@@ -53,11 +53,24 @@ def command(
         Path | None,
         typer.Option(help="Add the results to this file. (No model's own record is changed.)", metavar="FILE.csv|.json"),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Time what computes 2:4 linears of DIR's shapes here, keep which is the fastest, and let no model write.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     silent = quiet or as_json
     signal.signal(signal.SIGTERM, _interrupt)
+    if tune:
+        others: dict[str, object] = {"--against": against, "--baseline": baseline, "--prompt": prompt, "--tokens": tokens}
+        others |= {"--repeats": repeats, "--no-prefill": no_prefill, "--backend": backend, "--output": output}
+        ignored = [name for name, value in others.items() if value]
+        _tune(model, device, dtype, ignored, as_json=as_json, quiet=silent)
+        return
     try:
         from ..bench import bench, request
 
@@ -86,6 +99,39 @@ def command(
         print(json.dumps([asdict(result) for result in results], indent=2))
     elif not quiet:
         _show(results)
+
+
+def _tune(model: str, device: str | None, dtype: str | None, ignored: Sequence[str], *, as_json: bool, quiet: bool) -> None:
+    from ..errors import LLMPruneError
+    from ..kernels.linear24 import BUCKETS
+    from ..tuning import tune_model
+
+    if ignored:
+        raise LLMPruneError(f"--tune times kernels and lets no model write: leave out {' and '.join(ignored)}.")
+    say = (lambda line: None) if quiet else lambda line: print(line, flush=True)
+    try:
+        times, file = tune_model(model, device=device, dtype=dtype, say=say, advance=lambda what: say(f"timed {what}"))
+    except KeyboardInterrupt:
+        print("\nInterrupted: what was timed was dropped, and nothing was written.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"file": str(file), "times": [asdict(timed) for timed in times]}, indent=2))
+        return
+    if quiet:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("weight", *(f"{tokens}" for tokens in BUCKETS), title="fastest, and its speed-up over dense, by tokens")
+    for shape in dict.fromkeys(timed.shape for timed in times):
+        rows = [timed for timed in times if timed.shape == shape]
+        cells = (f"{timed.fastest} {timed.seconds['dense'] / timed.seconds[timed.fastest]:.2f}" for timed in rows)
+        table.add_row(f"{shape[0]} x {shape[1]}", *cells)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    console.print(f"Kept in {file}.", highlight=False, soft_wrap=True)
 
 
 def _show(results: Sequence[BenchResult]) -> None:

@@ -12,6 +12,7 @@ def command() -> None:
     from rich.table import Table
 
     from .._version import __version__
+    from ..kernels import native
     from ..kernels.availability import backends
     from ..settings import cores
 
@@ -28,4 +29,7 @@ def command() -> None:
     table.add_row("CUDA devices", ", ".join(gpus) or "none")
     for name, state in backends().items():
         table.add_row(f"kernels: {name}", state)
+    for name in native.names():
+        reason = native.reason(name)
+        table.add_row(f"kernels: {name}.cpp", f"unavailable: {reason}" if reason else "available: compiled for this processor")
     Console().print(table)

@@ -1,6 +1,7 @@
 """What runs a pruned model faster, or as if it ran so; and what reads long prompts faster.
 
-from llmprune.runtime import apply, remove, simulate, simulate_decode, enable_pbs, disable_pbs
+from llmprune.runtime import apply, remove, simulate, simulate_decode
+from llmprune.runtime import enable_sparse24, disable_sparse24, enable_pbs, disable_pbs
 """
 
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from .forwards import Activity
 from .gating import Gated, apply, gated, remove
 from .simulation import TEAL_PAPER, simulate, simulate_decode
+from .sparse24 import disable_sparse24, enable_sparse24
 
 if TYPE_CHECKING:
     from .pbs import disable_pbs, enable_pbs
@@ -18,7 +20,9 @@ __all__ = [
     "Gated",
     "apply",
     "disable_pbs",
+    "disable_sparse24",
     "enable_pbs",
+    "enable_sparse24",
     "gated",
     "remove",
     "simulate",
