@@ -129,7 +129,9 @@ def forward(
     line = (sequence * heads + head) * blocks + number * ROWS // BLOCK
     blocks_ptr += line * blocks
     for step in range(tl.load(counts_ptr + line) * (BLOCK // TILE)):
-        first = tl.load(blocks_ptr + step // (BLOCK // TILE)) * BLOCK + step % (BLOCK // TILE) * TILE
+        # A product of 16 bits would overflow from token 32768 on.
+        block = tl.load(blocks_ptr + step // (BLOCK // TILE)).to(tl.int32)
+        first = block * BLOCK + step % (BLOCK // TILE) * TILE
         total, weight, peak = _tile(
             query,
             total,
@@ -192,7 +194,8 @@ def tiling(width: int, bytes_per_number: int, gpu: Literal["mma", "wgmma", "amd"
         gpu: wgmma where tensor cores read shared memory (compute capability 9 and 10), which leaves room in registers.
     """
     if bytes_per_number > 2:
-        return Tiling(64, 32, 4, 2) if width <= 128 else Tiling(32, 16, 4, 1)
+        # Without tensor cores, whose products of float32 NVIDIA rounds to 10 bits, everything is in registers.
+        return Tiling(64, 32, 4, 2) if gpu == "amd" and width <= 128 else Tiling(32, 16, 4, 1)
     if width > 128:
         return Tiling(64, 32, 8, 2)
     if gpu == "wgmma":

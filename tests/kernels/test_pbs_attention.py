@@ -72,7 +72,7 @@ rules = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rules, st.integers(1, 110), st.integers(0, 99))
 def test_an_order_moves_keys_within_complete_segments_only(rule, tokens, seed):
     query, key, _ = problem(tokens, seed, torch.float32)
@@ -96,7 +96,7 @@ def test_the_key_that_the_last_queries_attend_to_most_comes_first_and_ties_keep_
     assert torch.equal(key_order(query, key, rule)[:, 0], torch.arange(48).expand(2, -1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rules, st.integers(1, 110), st.integers(0, 99))
 def test_own_segments_are_kept_and_later_ones_never_and_the_first_token_always_is(rule, tokens, seed):
     query, key, _ = problem(tokens, seed, torch.float32)
@@ -109,7 +109,7 @@ def test_own_segments_are_kept_and_later_ones_never_and_the_first_token_always_i
     assert kept_BHTT.any(dim=-1).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(rules, st.integers(33, 110), st.integers(0, 99))
 def test_kept_blocks_reach_the_threshold_and_no_more_than_needed_and_are_nested(rule, tokens, seed):
     query, key, _ = problem(tokens, seed, torch.float32)
@@ -156,7 +156,7 @@ def test_any_order_within_segments_changes_nothing_by_itself(tokens, seed):
     assert (reference(query, key, value, selection, rule) - full(query, key, value)).abs().max() < 1e-12
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rules, st.integers(1, 110), st.integers(0, 99))
 def test_blocks_of_queries_compute_the_reference(rule, tokens, seed):
     query, key, value = problem(tokens, seed)
@@ -324,12 +324,12 @@ def test_tensors_that_do_not_fit_are_refused(wrong):
         pbs_attention(*problem(40), Rule(**SMALL), backend="magic")
 
 
-def run_triton(device, outputs, **environment):
+def run_triton(device, outputs, *words, **environment):
     """The script in a process of its own: one cannot both interpret and compile."""
     pytest.importorskip("triton")
     script = Path(__file__).with_name("triton_pbs_attention.py")
     done = subprocess.run(
-        [sys.executable, script, device], env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+        [sys.executable, script, device, *words], env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{outputs} outputs agree"
@@ -339,9 +339,15 @@ def test_the_triton_kernel_computes_the_reference_in_the_interpreter():
     run_triton("cpu", 6, TRITON_INTERPRET="1")
 
 
+@pytest.mark.complete
+def test_the_triton_kernel_finds_its_blocks_in_long_prompts():
+    run_triton("cpu", 1, "long", TRITON_INTERPRET="1")
+
+
 @pytest.mark.needs_cuda
 def test_the_triton_kernel_computes_the_reference_on_cuda():
     run_triton("cuda", 9, TRITON_INTERPRET="0")
+    run_triton("cuda", 1, "long", TRITON_INTERPRET="0")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Run by test_pbs_attention.py on a device: the Triton kernel against the reference, odd shapes, poisoned blocks.
 
-TRITON_INTERPRET=1 python tests/kernels/triton_pbs_attention.py cpu
+TRITON_INTERPRET=1 python tests/kernels/triton_pbs_attention.py cpu [long]
 """
 
 import sys
@@ -27,6 +27,18 @@ def problem(tokens, width, heads, kv, dtype):
     sizes = ((1, tokens, heads, width), (1, tokens, kv, width), (1, tokens, kv, width))
     return [torch.randn(size, generator=generator).to(device, dtype).transpose(1, 2) for size in sizes]
 
+
+if sys.argv[2:] == ["long"]:
+    # Slots beyond the range of 16 bits, in which block numbers are stored.
+    tokens = 32768 + 3 * 128
+    query, key, value = problem(tokens, 16, 1, 1, torch.float32)
+    rule = Rule(0.001, block=128, segment=128)
+    selection = select(query, key, rule)
+    selection.kept_BHTT[..., -1, -3:] = True
+    expected = attend(query, key, value, selection, rule, backend="torch")
+    assert distance(attend(query, key, value, selection, rule, backend="triton"), expected) < TOLERANCE[torch.float32]
+    print("1 outputs agree")
+    sys.exit()
 
 agree = 0
 for shape in SHAPES:
