@@ -21,6 +21,7 @@ from .errors import LLMPruneError
 from .experts import PARTS
 from .mixture import COUNTS, SHARED_WIDTH, Mixture, mixture_of, prunable_parameters
 from .models import Linear, Skeleton
+from .packing import config_as_stored
 from .recipe import Recipe
 from .stream import Block
 from .structure import PLAN
@@ -181,7 +182,7 @@ class ExpertSurgeon:
 
     def files(self) -> dict[str, bytes]:
         """What lies beside the weights because of the surgery: config.json and the plan."""
-        config = json.loads((self.skeleton.checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(config_as_stored((self.skeleton.checkpoint.directory / "config.json").read_bytes(), None))
         plan = self.plan()
         changed = config_json(config, plan, self.skeleton)
         return {PLAN: plan.to_json().encode(), "config.json": (json.dumps(changed, indent=2) + "\n").encode()}

@@ -33,12 +33,11 @@ FAMILIES = {
     "mixtral": {},
     "qwen3_moe": {},
     "qwen2_moe": {},
-    "olmoe": {},
     "deepseek_v2": {"n_shared_experts": 2},
     "deepseek_v3": {},
 }
 # What half of the channels come to, in multiples of 8, and of those of the shared expert.
-HALF = {"mixtral": (24, 0), "qwen3_moe": (16, 0), "qwen2_moe": (16, 24), "olmoe": (24, 0)} | {
+HALF = {"mixtral": (24, 0), "qwen3_moe": (16, 0), "qwen2_moe": (16, 24)} | {
     "deepseek_v2": (24, 48),
     "deepseek_v3": (24, 24),
 }

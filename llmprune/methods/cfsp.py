@@ -51,6 +51,8 @@ from ..stream import Block, Stream
 from ..structure import Surgeon, fit, has_experts, plan_of, share_to_remove
 
 STATISTIC = Moments
+# Metrics that need no token.
+UNSEEING = ("magnitude", "random")
 
 
 def prune(stream: Stream, recipe: Recipe) -> None:
@@ -107,7 +109,7 @@ def narrow_experts(stream: Stream, recipe: Recipe) -> None:
         for linear in block.linears:
             if linear.expert is not None:
                 linear.facts["tokens"] = seen = tokens[block.index][linear.expert]
-                if seen < recipe.min_expert_tokens:
+                if recipe.metric not in UNSEEING and seen < recipe.min_expert_tokens:
                     linear.facts["fallback"] = "magnitude"
 
 
@@ -127,7 +129,8 @@ def experts_looked_at(stream: Stream, recipe: Recipe) -> tuple[dict[str, Tensor]
             if all(linear.expert is None for linear in block.linears):
                 continue
             for down, inputs in block.observe(Moments, {"down"}):
-                known = recipe.model_copy(update={"metric": "magnitude"}) if is_starved(down, inputs, recipe) else recipe
+                starved = recipe.metric not in UNSEEING and is_starved(down, inputs, recipe)
+                known = recipe.model_copy(update={"metric": "magnitude"}) if starved else recipe
                 found[down.name] = score(block, down, inputs, known).cpu()
                 if down.expert is not None:
                     tokens_B[-1].append(inputs.seen)
