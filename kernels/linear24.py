@@ -266,8 +266,8 @@ def _no_mma_sp(device: torch.device, dtype: torch.dtype, triton: str) -> str:
         return f"mma.sp needs compute capability 8.0, and this GPU has {torch.cuda.get_device_capability(device)}"
     if dtype.itemsize != 2:
         return "it computes bfloat16 and float16"
-    if tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
-        return f"it needs triton 3.9, and this is {version('triton')}"
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
+        return f"it needs triton 3.7, and this is {version('triton')}"
     return ""
 
 
