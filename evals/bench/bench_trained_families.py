@@ -2,14 +2,16 @@
 
     LLMPRUNE_DATA=... python evals/bench/bench_trained_families.py [FAMILY ...] [--models DIR]
 
-Models and text: `train_tiny.py`, which trains what is not in its cache (or DIR). Calibration: 128 samples of 128 tokens;
-evaluation: 256 others of 128; all are text that no model was trained on. Every method runs with its defaults through
-`llmprune.prune`. Families given by name are measured, all without; results of the others are kept.
+Models and text: `train_tiny.py`, which trains what is not in its cache (or DIR), and the writer of that text, a Llama that was
+trained for much longer. Calibration: 128 samples of 128 tokens; evaluation: 256 others of 128; no model was trained on either.
+Every method runs with its defaults through `llmprune.prune`, so magnitude compares the weights of a layer and Wanda those of a
+row; two rows have it the other way round. Families given by name are measured, all without; the others' results are kept.
 
 Columns: `over_dense` is the perplexity over the dense model's; `gain` how many nats per token the row's loss is below that of
 the method it should beat at the same level (`beats`), with `gain_error`, that difference's standard error over the samples. A
-dense row also has how well the model has learnt: perplexity of `unigram`s counted in its training text, of the text's `writer`,
-which nothing can beat, and the loss of the first and the last twentieth of the training.
+dense row also has how well the model has learnt: perplexity of `unigram`s counted in the training text, of the text's `writer`,
+which nothing can beat, and the loss of the first and the last twentieth of the training; and, as mean over linears, `spread`,
+the standard deviation of the inputs' norms over their mean: where it is 0, Wanda is magnitude within rows.
 """
 
 import argparse
@@ -31,6 +33,8 @@ from train_tiny import SHAPES, VOCABULARY, WRITER, Protocol, Stories, cache, sto
 import llmprune
 from llmprune.models import Skeleton
 from llmprune.perplexity import window_losses
+from llmprune.statistics import InputNorm
+from llmprune.stream import Stream
 
 NAME = "trained-families"
 LEVELS: dict[str, dict[str, object]] = {
@@ -42,33 +46,45 @@ LEVELS: dict[str, dict[str, object]] = {
 METHODS = ("magnitude", "wanda", "sparsegpt")
 ROWS: dict[str, dict[str, object]] = {
     **{f"{method}-{level}": {"method": method, **options} for level, options in LEVELS.items() for method in METHODS},
+    "magnitude-row-50": {"method": "magnitude", "group": "row", "sparsity": 0.5},
+    "wanda-layer-50": {"method": "wanda", "group": "layer", "sparsity": 0.5},
     "wanda+dsnot-50": {"method": "wanda", "refine": "dsnot", "sparsity": 0.5},
     "best-50": {"method": "best", "sparsity": 0.5},
 }
-BEATS = {"wanda": "magnitude", "sparsegpt": "wanda", "wanda+dsnot": "wanda", "best": "sparsegpt"}
+BEATS = {
+    "wanda": "magnitude",
+    "sparsegpt": "wanda",
+    "wanda-layer": "magnitude",
+    "wanda+dsnot": "wanda",
+    "best": "sparsegpt",
+}
+FAMILIES = ("llama", *SHAPES)  # the writer first
 
 losses_of = partial(window_losses, micro_batch=32)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the methods on tiny trained models.")
-    parser.add_argument("families", nargs="*", choices=[*SHAPES, []])
+    parser.add_argument("families", nargs="*", choices=[*FAMILIES, []])
     parser.add_argument("--models", type=Path, default=cache())
     args = parser.parse_args()
+    for family in args.families or FAMILIES:
+        rows = {family: measure(family, Protocol(), args.models, ROWS)}
+        for row in _saved():
+            if row["family"] != family:
+                rows.setdefault(row["family"], []).append(dict(row))
+        save(NAME, [dict.fromkeys(rows[family][0]) | row for name in FAMILIES for row in rows.get(name, [])])
+
+
+def _saved() -> list[dict[str, str]]:
     file = RESULTS / f"{NAME}.csv"
-    kept = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
-    table: dict[str, list[dict[str, object]]] = {}
-    for row in kept:
-        table.setdefault(row["family"], []).append(dict(row))
-    for family in args.families or list(SHAPES):
-        table[family] = measure(family, Protocol(), args.models, ROWS)
-        save(NAME, [row for name in SHAPES for row in table.get(name, [])])
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
 def measure(family: str, protocol: Protocol, root: Path, names: Iterable[str]) -> list[dict[str, object]]:
     """The rows of one family, the dense one first."""
     text = stories(protocol, root)
-    model = trained(family, protocol, root)
+    model = data_dir() / WRITER if family == "llama" else trained(family, protocol, root)
     losses = {"dense": losses_of(Skeleton(model), text.test_NT)}
     rows = [row_of(family, "dense", losses) | learnt(model, text)]
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +113,7 @@ def row_of(family: str, name: str, losses: dict[str, list[float]]) -> dict[str, 
         "perplexity": round(math.exp(fmean(losses[name])), 3),
         "over_dense": round(math.exp(fmean(losses[name]) - fmean(losses["dense"])), 4),
         **dict.fromkeys(("beats", "gain", "gain_error", "sparsity", "seconds")),
-        **dict.fromkeys(("parameters", "unigram", "writer", "first_loss", "last_loss")),
+        **dict.fromkeys(("parameters", "unigram", "writer", "first_loss", "last_loss", "spread")),
     }
     if rival in losses:
         gains = [before - after for before, after in zip(losses[rival], losses[name], strict=True)]
@@ -107,15 +123,27 @@ def row_of(family: str, name: str, losses: dict[str, list[float]]) -> dict[str, 
 
 def learnt(model: Path, text: Stories) -> dict[str, object]:
     """How much a model has learnt, beside what one without context and one without fault can know."""
-    facts = json.loads((model / "training.json").read_text())
+    facts = model / "training.json"
+    curve = json.loads(facts.read_text())["curve"] if facts.exists() else [None]
     writer = Skeleton(data_dir() / WRITER)
     return {
-        "parameters": facts["parameters"],
+        "parameters": Skeleton(model).parameters(),
         "unigram": round(unigram(text.train_NT, text.test_NT), 3),
         "writer": round(math.exp(fmean(losses_of(writer, text.test_NT))), 3),
-        "first_loss": facts["curve"][0],
-        "last_loss": facts["curve"][-1],
+        "first_loss": curve[0],
+        "last_loss": curve[-1],
+        "spread": round(spread(model, text.calibration_NT), 3),
     }
+
+
+def spread(model: Path, ids_NT: Tensor) -> float:
+    """How much the norms of a linear's inputs differ, standard deviation over mean; the mean over linears."""
+    spreads = []
+    for block in Stream(Skeleton(model), ids_NT, micro_batch=32).survey().blocks():
+        for _, inputs in block.observe(InputNorm):
+            if inputs.rms_I.any():  # an expert that no token reached has none
+                spreads.append(float(inputs.rms_I.std() / inputs.rms_I.mean()))
+    return fmean(spreads)
 
 
 def unigram(train_NT: Tensor, test_NT: Tensor) -> float:

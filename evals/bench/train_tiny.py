@@ -130,12 +130,13 @@ def trained(family: str, protocol: Protocol, root: Path) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
     facts = {"family": family, "parameters": sum(p.numel() for p in model.parameters()), **asdict(protocol)}
     facts |= {"stories_sha256": text.sha256, **train(model, text.train_NT, protocol)}
-    with tempfile.TemporaryDirectory(dir=root) as part:
+    with tempfile.TemporaryDirectory(dir=root) as aside:
+        part = Path(aside) / "model"
         model.save_pretrained(part)
         for name in COPIED:
             shutil.copy(data_dir() / WRITER / name, part)
-        (Path(part) / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-        shutil.copytree(part, folder)
+        (part / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(part, folder)
     return folder
 
 
