@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from llmprune.kernels import pbs_attention_triton
 from llmprune.kernels.pbs_attention import Rule, Selection, attend, earlier_blocks, reference, select
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -29,10 +30,11 @@ def problem(tokens, width, heads, kv, dtype):
 
 
 if sys.argv[2:] == ["long"]:
-    # Slots beyond the range of 16 bits, in which block numbers are stored.
-    tokens = 32768 + 3 * 128
+    # Slots beyond the range of 16 bits, in which block numbers are stored. In large tiles, so that there are few.
+    pbs_attention_triton.tiling = lambda *arguments: pbs_attention_triton.Tiling(512, 512, 4, 1)
+    tokens = 32768 + 3 * 512
     query, key, value = problem(tokens, 16, 1, 1, torch.float32)
-    rule = Rule(0.001, block=128, segment=128)
+    rule = Rule(0.001, block=512, segment=512)
     selection = select(query, key, rule)
     selection.kept_BHTT[..., -1, -3:] = True
     expected = attend(query, key, value, selection, rule, backend="torch")
