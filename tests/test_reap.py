@@ -44,7 +44,6 @@ FAMILIES = {
     "deepseek_v2": {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "deepseek_v3": {"n_routed_experts": 8},
 }
-EXPERTS = {family: next(value for key, value in sizes.items() if "experts" in key) for family, sizes in FAMILIES.items()}
 
 
 @pytest.fixture(scope="module")
