@@ -12,6 +12,7 @@ import llmprune
 from llmprune.calibration import evaluation_set
 from llmprune.models import Skeleton, load_tokenizer
 from llmprune.perplexity import perplexity
+from llmprune.runtime import disable_sparse24, enable_pbs, enable_sparse24
 from llmprune.verify import verify
 
 pytestmark = pytest.mark.real_model
@@ -53,3 +54,30 @@ def test_pruned_perplexity_is_the_published_codes(smollm2, data_dir, windows, tm
     assert result.record["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert verify(out) == []
     assert perplexity(Skeleton(out), windows[:count]) == pytest.approx(reference, rel=tolerance)
+
+
+def test_packed_2_4_weights_and_all_blocks_of_attention_give_the_same_text(smollm2, tmp_path):
+    result = llmprune.prune(str(smollm2), method="magnitude", pattern="2:4", output=tmp_path / "out")
+    model = llmprune.load(result.directory, device="cpu", dtype="float32")
+    ids_1T = torch.randint(0, 49_000, (1, 300), generator=torch.Generator().manual_seed(0))
+
+    def run():
+        with torch.no_grad():
+            return model(ids_1T).logits, model.generate(ids_1T[:, :40], max_new_tokens=8, do_sample=False)
+
+    logits_1TV, text_1T = run()
+
+    def check():
+        again_1TV, same_1T = run()
+        assert (again_1TV - logits_1TV).abs().max() < 1e-4 * logits_1TV.abs().max()
+        assert torch.equal(same_1T, text_1T)
+
+    report = enable_sparse24(model)
+    if any(each.converted for each in report):
+        assert sum(each.converted for each in report) == 210
+        check()
+    disable_sparse24(model)
+    pbs = enable_pbs(model, threshold=1.0, block=32, segment=64, min_length=0)
+    with pbs.collecting() as seen:
+        check()
+    assert seen.whole().covered == pytest.approx(1.0)

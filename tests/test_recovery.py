@@ -435,7 +435,7 @@ def test_importance_is_the_records_where_it_has_it_for_every_block(pruned_dir, t
     for index, block in enumerate(parent["blocks"]):
         if named or index:
             block["importance"] = 0.1 * index
-    monkeypatch.setattr(recovery, "read_record", lambda directory: parent)
+    monkeypatch.setattr(recovery, "pruned_record", lambda directory: parent)
     found = recovery.recover(pruned_dir, output=tmp_path / "out", **SHORT).record["recovery"]
     assert (found["importance"] == [0.0, 0.1, 0.2]) == named
     assert all(0 <= value <= 1 for value in found["importance"])
