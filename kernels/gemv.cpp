@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "floats.h"
+
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -20,33 +22,6 @@ typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
 typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
-struct bf16 {
-    uint16_t bits;
-};
-
-struct fp16 {
-    uint16_t bits;
-};
-
-template <typename To, typename From>
-inline To bits_as(From value) {
-    static_assert(sizeof(To) == sizeof(From), "the same bits");
-    To same;
-    std::memcpy(&same, &value, sizeof same);
-    return same;
-}
-
-template <typename Vector>
-inline Vector load(const void *from) {
-    Vector loaded;
-    std::memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-}
-
-inline float widen(float value) { return value; }
-
-inline float widen(bf16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
-
 inline Lanes widen_lanes(const float *from) { return load<Lanes>(from); }
 
 inline Lanes widen_lanes(const bf16 *from) {
@@ -58,21 +33,9 @@ inline Lanes widen_lanes(const bf16 *from) {
 #endif
 }
 
-inline void narrow(float value, float *out) { *out = value; }
-
-inline void narrow(float value, bf16 *out) {
-    const uint32_t bits = bits_as<uint32_t>(value);
-    // To the nearest, ties to even. A NaN stays one, since what was once bfloat16 has no bits that could carry over.
-    out->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 #if defined(__AVX2__) && defined(__F16C__)
 #define HAS_FP16
-inline float widen(fp16 value) { return _cvtsh_ss(value.bits); }
-
 inline Lanes widen_lanes(const fp16 *from) { return bits_as<Lanes>(_mm256_cvtph_ps(load<__m128i>(from))); }
-
-inline void narrow(float value, fp16 *out) { out->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 #endif
 
 // Memory comes in lines of 64 bytes.

@@ -54,7 +54,9 @@ def _built(name: str, compiler: str, parallel: bool) -> Path:
     source = Path(__file__).resolve().with_name(f"{name}.cpp")
     flags = [*FLAGS, *(["-fopenmp"] if parallel else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
-    key = hashlib.sha256("\0".join([version, *flags, processor()]).encode() + source.read_bytes()).hexdigest()[:16]
+    # A source may include any of the headers beside it.
+    texts = b"".join(each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256("\0".join([version, *flags, processor()]).encode() + texts).hexdigest()[:16]
     file = folder() / f"{name}-{key}.so"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
