@@ -127,7 +127,7 @@ def gemv(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor, bias_O: Tensor | None = 
         partial[(blocks, splits)](
             x_I, weight_IO, tau_I, sums_SO, inputs, outputs, share, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, num_warps=WARPS
         )
-        return _combined(sums_SO, x_I.dtype, bias_O)
+        return combined(sums_SO[:, None], x_I.dtype, bias_O)[0]
 
 
 def gemv_compacted(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -142,7 +142,7 @@ def gemv_compacted(x_I: Tensor, weight_IO: Tensor, tau_I: Tensor, bias_O: Tensor
         partial_of_rows[(blocks, splits)](
             x_I, weight_IO, rows_I, count, sums_SO, outputs, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, num_warps=WARPS
         )
-        return _combined(sums_SO, x_I.dtype, bias_O)
+        return combined(sums_SO[:, None], x_I.dtype, bias_O)[0]
 
 
 def _grid(inputs: int, outputs: int) -> tuple[int, int]:
@@ -151,10 +151,11 @@ def _grid(inputs: int, outputs: int) -> tuple[int, int]:
     return blocks, max(1, min(triton.cdiv(inputs, BLOCK_I), MOST_SPLITS, PROGRAMS // blocks))
 
 
-def _combined(sums_SO: Tensor, dtype: torch.dtype, bias_O: Tensor | None) -> Tensor:
-    splits, outputs = sums_SO.shape
-    y_O = torch.empty(outputs, dtype=dtype, device=sums_SO.device)
-    bias = y_O if bias_O is None else bias_O
-    grid = (1, triton.cdiv(outputs, BLOCK_O))
-    combine[grid](sums_SO, bias, y_O, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O)
-    return y_O
+def combined(sums_SNO: Tensor, dtype: torch.dtype, bias_O: Tensor | None) -> Tensor:
+    """What `combine` makes of the splits' sums, float32 and contiguous: y [N, O]. The caller has made their device current."""
+    splits, tokens, outputs = sums_SNO.shape
+    y_NO = torch.empty((tokens, outputs), dtype=dtype, device=sums_SNO.device)
+    bias = y_NO if bias_O is None else bias_O
+    grid = (tokens, triton.cdiv(outputs, BLOCK_O))
+    combine[grid](sums_SNO, bias, y_NO, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O)
+    return y_NO

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gemv_triton import BLOCK_O, combine
+from .gemv_triton import combined
 from .sparse24 import Packed24
 
 MOST_TOKENS = 32
@@ -176,7 +176,6 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
         x = x.view(tokens, inputs // 32, 4, 4).permute(1, 0, 3, 2).contiguous()
         strides = (16, 16 * tokens, 4, 1)
     sums_SNO = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x.device)
-    y_NO = torch.empty((tokens, outputs), dtype=x_NI.dtype, device=x.device)
     # Triton launches on torch's current device, which need not be the tensors'.
     with torch.cuda.device_of(x):
         partial[(blocks, splits)](
@@ -195,7 +194,4 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
             PAIRS=PAIRS,
             num_warps=WARPS,
         )
-        bias = y_NO if bias_O is None else bias_O
-        grid = (tokens, triton.cdiv(outputs, BLOCK_O))
-        combine[grid](sums_SNO, bias, y_NO, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=BLOCK_O)
-    return y_NO
+        return combined(sums_SNO, x_NI.dtype, bias_O)

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemv_triton import BLOCK_O as COMBINED
-from .gemv_triton import combine
+from .gemv_triton import combined
 from .sparse24 import Packed24
 
 MOST_TOKENS_GEMV = 4
@@ -159,7 +158,6 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
     share = triton.cdiv(trips, splits) * block_g
     splits = triton.cdiv(groups, share)
     sums_SNO = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_NI.device)
-    y_NO = torch.empty((tokens, outputs), dtype=x_NI.dtype, device=x_NI.device)
     # Triton launches on torch's current device, which need not be the tensors'.
     with torch.cuda.device_of(x_NI):
         kernel[(blocks, splits, tiles)](
@@ -176,7 +174,4 @@ def matmul(x_NI: Tensor, packed: Packed24, bias_O: Tensor | None = None) -> Tens
             BLOCK_G=block_g,
             num_warps=warps,
         )
-        bias = y_NO if bias_O is None else bias_O
-        grid = (tokens, triton.cdiv(outputs, COMBINED))
-        combine[grid](sums_SNO, bias, y_NO, outputs, splits, HAS_BIAS=bias_O is not None, BLOCK_O=COMBINED)
-    return y_NO
+        return combined(sums_SNO, x_NI.dtype, bias_O)
