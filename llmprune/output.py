@@ -274,35 +274,38 @@ class Output:
         """Copy everything outside the blocks, one shard's worth in memory at a time."""
         if "outer" in self.journal.steps:
             return
-        files = {}
-        for file, names in self._shards[0]:
-            tensors = {name: self.checkpoint.read(name) for name in names}
-            with self.writing(file):
-                files[file] = write_shard(self.directory / file, tensors)
-        with self.writing("the journal"):
-            self.journal.record("outer", files, {})
+
+        def write(path: Path, names: Sequence[str]) -> str:
+            return write_shard(path, {name: self.checkpoint.read(name) for name in names})
+
+        self._write("outer", self._shards[0], write, {})
 
     def write_block(self, index: int, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         """Write a finished block's shards, then say so in the journal."""
-        files = {}
-        left = dict(tensors)
-        for number, (file, names) in enumerate(self._shards[index + 1], 1):
+        left, shards = dict(tensors), self._shards[index + 1]
+
+        def write(path: Path, names: Sequence[str]) -> str:
             # A block may have lost tensors; what it has gained goes into its last shard.
-            taken = list(left) if number == len(self._shards[index + 1]) else [name for name in names if name in left]
-            with self.writing(file):
-                files[file] = write_shard(self.directory / file, {name: left.pop(name).contiguous() for name in taken})
-        with self.writing("the journal"):
-            self.journal.record(f"block {index}", files, facts)
+            taken = list(left) if path.name == shards[-1][0] else [name for name in names if name in left]
+            return write_shard(path, {name: left.pop(name).contiguous() for name in taken})
+
+        self._write(f"block {index}", shards, write, facts)
 
     def write_group(self, index: int, write: Callable[[Path, Sequence[str]], str]) -> None:
         """As `write_block`, but a function writes each shard: it gets the file and the names of what it holds, and returns its
         SHA-256."""
+        self._write(f"block {index}", self._shards[index + 1], write, {})
+
+    def _write(
+        self, step: str, shards: Sequence[tuple[str, list[str]]], write: Callable[[Path, Sequence[str]], str], facts: Facts
+    ) -> None:
+        """Write a step's shards, then say so in the journal."""
         files = {}
-        for file, names in self._shards[index + 1]:
+        for file, names in shards:
             with self.writing(file):
                 files[file] = write(self.directory / file, names)
         with self.writing("the journal"):
-            self.journal.record(f"block {index}", files, {})
+            self.journal.record(step, files, facts)
 
     def unwritten(self) -> list[str]:
         """The names of what no finished step has written."""
