@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from .errors import LLMPruneError
 from .experts import PARTS
 from .mixture import COUNTS, SHARED_WIDTH, Mixture, mixture_of, prunable_parameters
 from .models import Linear, Skeleton
-from .packing import config_as_stored
 from .recipe import Recipe
 from .stream import Block
-from .structure import PLAN
+from .structure import PLAN, dense_config
+from .surgery import read_plan
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,7 @@ class ExpertPlan:
         Raises:
             LLMPruneError: it is damaged, or says what no plan may say.
         """
-        try:
-            return TypeAdapter(ExpertPlan).validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            if isinstance(cause := first.get("ctx", {}).get("error"), LLMPruneError):
-                raise cause from error
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise LLMPruneError(
-                f"The plan is damaged or of another version ({where}: {first['msg']}): make it anew."
-            ) from error
+        return read_plan(ExpertPlan, text)
 
 
 def _sizes(kept: KeptExperts, whole: Mixture) -> tuple[int, frozenset[int], int]:
@@ -182,9 +173,8 @@ class ExpertSurgeon:
 
     def files(self) -> dict[str, bytes]:
         """What lies beside the weights because of the surgery: config.json and the plan."""
-        config = json.loads(config_as_stored((self.skeleton.checkpoint.directory / "config.json").read_bytes(), None))
         plan = self.plan()
-        changed = config_json(config, plan, self.skeleton)
+        changed = config_json(dense_config(self.skeleton), plan, self.skeleton)
         return {PLAN: plan.to_json().encode(), "config.json": (json.dumps(changed, indent=2) + "\n").encode()}
 
     def widths(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

@@ -26,7 +26,6 @@ from .models import quantisation, resolve
 from .output import RECIPE, RECORD, Output, check_directory, check_space
 from .packing import Fit, Format, Part
 from .progress import bar
-from .record import find
 from .tables import size
 from .verify import read_record
 
@@ -104,7 +103,7 @@ def run(model: str | Path, format: str, place: Path | None, *, overwrite: bool, 
             kept = {key: value for key, value in record.items() if key not in OUTDATED}
             kept |= {"storage": packer.storage()} if wanted else {}
             output.finish(recipe, kept, _beside(source.directory, record, wanted))
-        if find(place):
+        if "recipe" in record:
             card.write(place)
         return Exported(place, output.read_record())
     finally:

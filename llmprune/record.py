@@ -395,8 +395,12 @@ def read(directory: Path) -> Record:
     Raises:
         LLMPruneError: there is none, it is damaged, the run is not finished, or nothing was pruned.
     """
+    return _read(directory, pruned_record(directory))
+
+
+def _read(directory: Path, content: dict[str, object]) -> Record:
     try:
-        return Record.model_validate(pruned_record(directory))
+        return Record.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -405,4 +409,5 @@ def read(directory: Path) -> Record:
 
 def find(directory: Path) -> Record | None:
     """The record of a model directory, if it is one of a pruned model. Raises `LLMPruneError` if it is damaged."""
-    return read(directory) if (directory / RECORD).is_file() and "recipe" in read_record(directory) else None
+    content = read_record(directory) if (directory / RECORD).is_file() else {}
+    return _read(directory, content) if "recipe" in content else None

@@ -21,17 +21,15 @@ ATTENTION = "llmprune_pbs"
 
 @functools.cache
 def register() -> None:
-    """Make transformers know our attention, and its auto classes our model types (where its version can run them)."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    """Make transformers know our attention, and its auto classes our model types."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
     from transformers.masking_utils import sdpa_mask
+
+    from .modeling_llmprune import MODELS
 
     AttentionInterface.register(ATTENTION, _attention)
     # Models drop every mask, of padding too, for an attention that has no function for masks.
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    if not hasattr(PretrainedConfig, "per_layer_config"):
-        return
-    from .modeling_llmprune import MODELS
-
     for model in MODELS:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)

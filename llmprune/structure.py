@@ -37,6 +37,12 @@ def has_experts(skeleton: Skeleton) -> bool:
     return skeleton.family.experts is not None
 
 
+def dense_config(skeleton: Skeleton) -> dict[str, object]:
+    """The content of a model's config.json, but for how its weights are stored."""
+    stored = (skeleton.checkpoint.directory / "config.json").read_bytes()
+    return cast(dict[str, object], json.loads(config_as_stored(stored, None)))
+
+
 def prunable_parameters(recipe: Recipe, skeleton: Skeleton) -> int:
     """Parameters of all units that the recipe's method may remove."""
     if has_experts(skeleton):
@@ -203,9 +209,8 @@ class Surgeon:
 
     def files(self) -> dict[str, bytes]:
         """What lies beside the weights because of the surgery: config.json, the plan, code where stock classes do not do."""
-        config = json.loads(config_as_stored((self.skeleton.checkpoint.directory / "config.json").read_bytes(), None))
         plan = self.plan()
-        changed, needs_code = surgery.config_json(config, plan, self.anatomy, self.recipe.format)
+        changed, needs_code = surgery.config_json(dense_config(self.skeleton), plan, self.anatomy, self.recipe.format)
         files = {PLAN: plan.to_json().encode(), "config.json": (json.dumps(changed, indent=2) + "\n").encode()}
         if needs_code:
             files[surgery.MODELING_FILE] = (Path(__file__).parent / surgery.MODELING_FILE).read_bytes()

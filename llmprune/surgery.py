@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -57,6 +58,8 @@ __all__ = [
 ]
 
 MODELING_FILE = "modeling_llmprune.py"
+
+P = TypeVar("P")
 
 
 def mask(tensors: Mapping[str, Tensor], kept: Kept, anatomy: Anatomy, block: int) -> dict[str, Tensor]:
@@ -226,16 +229,7 @@ class Plan:
         Raises:
             LLMPruneError: it is damaged, or says what no plan may say.
         """
-        try:
-            return TypeAdapter(Plan).validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            if isinstance(cause := first.get("ctx", {}).get("error"), LLMPruneError):
-                raise cause from error
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise LLMPruneError(
-                f"The plan is damaged or of another version ({where}: {first['msg']}): make it anew."
-            ) from error
+        return read_plan(Plan, text)
 
     def check(self, anatomy: Anatomy, parent: str) -> None:
         """Raise `LLMPruneError` if the plan was made for another model than the one of that anatomy and fingerprint."""
@@ -286,6 +280,22 @@ class Plan:
                     "needs: leave out --format padded."
                 )
         return Sizes(channels, kv_heads * group, kv_heads)
+
+
+def read_plan(kind: type[P], text: str) -> P:
+    """A plan of that kind, from its JSON.
+
+    Raises:
+        LLMPruneError: it is damaged, or says what no plan may say.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), LLMPruneError):
+            raise cause from error
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise LLMPruneError(f"The plan is damaged or of another version ({where}: {first['msg']}): make it anew.") from error
 
 
 def _stock_accepts(anatomy: Anatomy, heads: int) -> bool:
