@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +13,11 @@ import forked
 import in_process
 import pytest
 import torch
+from checkpoints import changed, no_room_for
 from crash_harness import digests
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import BLOCKS, HIDDEN, build
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
@@ -26,10 +26,8 @@ import llmprune
 from llmprune import allocation, calibration
 from llmprune.anatomy import anatomy
 from llmprune.checkpoint import Checkpoint
-from llmprune.errors import LLMPruneError
 from llmprune.methods import cfsp
 from llmprune.models import Skeleton
-from llmprune.output import Output
 from llmprune.recipe import Recipe
 from llmprune.statistics import Moments
 from llmprune.stream import Stream
@@ -75,15 +73,6 @@ def channels(folder):
 
 def widths(folder):
     return [len(kept) for kept in channels(folder)]
-
-
-def changed(source, folder, change):
-    """A copy of a model with other weights: `change` gets its tensors by name."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def ffn(tensors, block):
@@ -561,17 +550,8 @@ def test_the_dense_model_runs_once_and_once_more_for_least_squares(model_dir, id
 @pytest.mark.parametrize("fails_at", [0, 2])
 def test_an_interrupted_run_goes_on_to_the_same_bytes_and_looks_only_once(model_dir, tmp_path, monkeypatch, options, fails_at):
     prune(model_dir, tmp_path / "whole", **options)
-    write_block = Output.write_block
-
-    def full(self, index, *rest):
-        if index == fails_at:
-            raise LLMPruneError("no room")
-        write_block(self, index, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Output, "write_block", full)
-        with pytest.raises(LLMPruneError, match="no room"):
-            prune(model_dir, tmp_path / "out", **options)
+    with no_room_for(block=fails_at):
+        prune(model_dir, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "config.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr(cfsp, "score", None)  # what was seen has been kept

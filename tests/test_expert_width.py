@@ -7,24 +7,23 @@ import json
 import in_process
 import pytest
 import torch
+from checkpoints import no_room_for, tensors
 from crash_harness import digests
+from mixtures import DATA, built_once, tokens
 from safetensors.torch import load_file, save_file
 from tiny import build
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmprune
-from llmprune import calibration
-from llmprune.errors import LLMPruneError
 from llmprune.expert_surgery import ExpertPlan
 from llmprune.methods import cfsp
 from llmprune.models import Skeleton
-from llmprune.output import Output
 from llmprune.recipe import Recipe
 from llmprune.stream import Stream
 from llmprune.structure import PLAN
 from llmprune.verify import read_record, verify
 
-OPTIONS = {"method": "cfsp", "calibration": "random", "samples": 6, "seqlen": 16, "sparsity": 0.5} | {
+OPTIONS = {"method": "cfsp", **DATA, "sparsity": 0.5} | {
     "allocation": "uniform",
     "compensate": "none",
     "min_expert_tokens": 1,
@@ -46,18 +45,7 @@ HALF = {"mixtral": (24, 0), "qwen3_moe": (16, 0), "qwen2_moe": (16, 24)} | {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The folder of a family's tiny model, and of what half of its experts' channels leave."""
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family, pruned=False):
-        folder = root / (f"{family}-pruned" if pruned else family)
-        if not folder.exists():
-            if pruned:
-                prune(get(family), folder)
-            else:
-                build(family, folder, **FAMILIES[family])
-        return folder
-
-    return get
+    return built_once(tmp_path_factory.mktemp("models"), FAMILIES, prune)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -65,18 +53,8 @@ def family(request):
     return request.param
 
 
-def tokens(seed=0):
-    """The calibration set of `OPTIONS`."""
-    options = {"samples": 6, "seqlen": 16, "seed": seed, "sampler": lambda *_: None}
-    return calibration.calibration_set("random", None, vocab_size=263, **options).ids_NT
-
-
 def prune(model, output, **options):
     return llmprune.prune(str(model), output=output, **{**OPTIONS, **options})
-
-
-def tensors(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def plan_of(folder):
@@ -210,17 +188,8 @@ def test_micro_batches_do_not_change_a_byte(models, tmp_path):
 
 @pytest.mark.parametrize("fails_at", [0, 2])
 def test_an_interrupted_run_goes_on_to_the_same_bytes_and_looks_only_once(models, tmp_path, monkeypatch, fails_at):
-    write_block = Output.write_block
-
-    def full(self, index, *rest):
-        if index == fails_at:
-            raise LLMPruneError("no room")
-        write_block(self, index, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Output, "write_block", full)
-        with pytest.raises(LLMPruneError, match="no room"):
-            prune(models("qwen2_moe"), tmp_path / "out")
+    with no_room_for(block=fails_at):
+        prune(models("qwen2_moe"), tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(cfsp, "score", None)  # what was seen has been kept
         prune(models("qwen2_moe"), tmp_path / "out")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from checkpoints import tensors
 from in_process import llmprune as command
 from reference import wanda_removed
 from safetensors.torch import load_file, save_file
@@ -120,10 +121,6 @@ def same(left, right):
     return left.keys() == right.keys() and all(
         torch.equal(left[block][name], right[block][name]) for block in left for name in left[block]
     )
-
-
-def tensors(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("variant", EXPERTS)

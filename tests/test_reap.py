@@ -10,31 +10,30 @@ from pathlib import Path
 import in_process
 import pytest
 import torch
+from checkpoints import changed, no_room_for, tensors
 from crash_harness import digests
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import DATA, built_once, tokens
 from records import amend
-from safetensors.torch import load_file, save_file
 from tiny import build
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmprune
-from llmprune import calibration
 from llmprune.checkpoint import hash_file
 from llmprune.errors import LLMPruneError
 from llmprune.expert_surgery import ExpertPlan, KeptExperts
 from llmprune.methods import reap
 from llmprune.mixture import Mixture, mixture_of
 from llmprune.models import Skeleton
-from llmprune.output import Output
 from llmprune.recipe import Recipe
 from llmprune.report import write_report
 from llmprune.stream import Stream
 from llmprune.structure import PLAN
 from llmprune.verify import read_record, verify
 
-OPTIONS = {"method": "reap", "calibration": "random", "samples": 6, "seqlen": 16, "sparsity": 0.5}
+OPTIONS = {"method": "reap", **DATA, "sparsity": 0.5}
 # Routers of every kind: weights that are normalised among a token's experts or not, a choice among groups first, and scores
 # that are corrected.
 FAMILIES = {
@@ -49,18 +48,7 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The folder of a family's tiny model, and of what half of its experts leave."""
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family, pruned=False):
-        folder = root / (f"{family}-pruned" if pruned else family)
-        if not folder.exists():
-            if pruned:
-                prune(get(family), folder)
-            else:
-                build(family, folder, **FAMILIES[family])
-        return folder
-
-    return get
+    return built_once(tmp_path_factory.mktemp("models"), FAMILIES, prune)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -68,18 +56,8 @@ def family(request):
     return request.param
 
 
-def tokens(seed=0):
-    """The calibration set of `OPTIONS`."""
-    options = {"samples": 6, "seqlen": 16, "seed": seed, "sampler": lambda *_: None}
-    return calibration.calibration_set("random", None, vocab_size=263, **options).ids_NT
-
-
 def prune(model, output, **options):
     return llmprune.prune(str(model), output=output, **{**OPTIONS, **options})
-
-
-def tensors(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def kept_of(folder):
@@ -96,15 +74,6 @@ def fused(model):
 
 def resident(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-
-
-def changed(source, folder, change):
-    """A copy of a model with other weights: `change` gets its tensors by name."""
-    shutil.copytree(source, folder)
-    held = load_file(folder / "model.safetensors")
-    change(held)
-    save_file({name: tensor.contiguous() for name, tensor in held.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 # Saliency -----------------------------------------------------------------------------------------------------------
@@ -357,18 +326,9 @@ def test_a_number_of_parameters_is_met_from_below_by_as_few_experts_as_can_be(mo
 
 
 @pytest.mark.parametrize("fails_at", [0, 2])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(models, tmp_path, monkeypatch, fails_at):
-    write_block = Output.write_block
-
-    def full(self, index, *rest):
-        if index == fails_at:
-            raise LLMPruneError("no room")
-        write_block(self, index, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Output, "write_block", full)
-        with pytest.raises(LLMPruneError, match="no room"):
-            prune(models("deepseek_v3"), tmp_path / "out")
+def test_an_interrupted_run_goes_on_to_the_same_bytes(models, tmp_path, fails_at):
+    with no_room_for(block=fails_at):
+        prune(models("deepseek_v3"), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
     prune(models("deepseek_v3"), tmp_path / "out")
     assert digests(tmp_path / "out") == digests(models("deepseek_v3", pruned=True))

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import forked
 import pytest
 import torch
+from checkpoints import changed
 from crash_harness import digests
-from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, build
 from transformers import AutoModelForCausalLM
 
@@ -52,18 +52,6 @@ def kept(folder):
     """Channels and query heads that every block keeps."""
     blocks = json.loads((folder / PLAN).read_text())["blocks"]
     return [len(block["channels"]) for block in blocks], [len(block["heads"]) for block in blocks]
-
-
-def changed(source, folder, change):
-    """A copy of a model with other weights."""
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.is_file():
-            (folder / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 # Budgets ------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import pytest
 import stock
 import tiny
 import torch
+from checkpoints import tensors
 from in_process import llmprune
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llmprune import methods
@@ -255,10 +255,6 @@ def sentence(err: str, variant: str, method: str) -> str:
     names = "|".join([variant, VARIANTS[variant][0]])
     said = re.sub(rf"'?\b({names})\b'?", "…", lines[0].removeprefix("error: "))
     return said.replace(f"--method {method}", "This method") if said.startswith("--method") else said
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def in_block(name: str) -> bool:

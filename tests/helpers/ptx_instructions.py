@@ -404,15 +404,7 @@ def _setp(machine: Machine, op: Instruction, mask: np.ndarray) -> None:
         out = unordered if test == "nan" else ~unordered
     else:
         name = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(test, test[:2])
-        functions = {
-            "lt": np.less,
-            "le": np.less_equal,
-            "gt": np.greater,
-            "ge": np.greater_equal,
-            "eq": np.equal,
-            "ne": np.not_equal,
-        }
-        out = functions[name](a, b)
+        out = COMPARISONS[name](a, b)
         # ltu, equ, ...: true of NaN.
         out = np.where(unordered, len(test) == 3, out)
     if len(op.operands) > 3:
