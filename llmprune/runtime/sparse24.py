@@ -6,7 +6,7 @@
 
 A linear is replaced where a kernel computes one token faster than torch does with the dense weight; the report says of every
 linear what became of it. The weights must be 2:4: `llmprune prune --pattern 2:4`. Save the model before it is packed, or after
-`disable_sparse24`.
+`disable_sparse24`: the packed one refuses, because what it would write loads with random weights.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import LLMPruneError
-from ..kernels.linear24 import Conversion, convert_model, restore_model
+from ..kernels.linear24 import Conversion, Linear24, convert_model, restore_model
 
 if TYPE_CHECKING:
     from torch import nn
+
+SAVE = "save_pretrained"
 
 
 def enable_sparse24(
@@ -43,8 +45,11 @@ def enable_sparse24(
         A row for every linear.
 
     Raises:
-        LLMPruneError: strict, and a weight is not 2:4 (nothing has been changed then); or no linear could be packed.
+        LLMPruneError: strict, and a weight is not 2:4 (nothing has been changed then); no linear could be packed; or some are
+            already.
     """
+    if any(isinstance(module, Linear24) for module in model.modules()):
+        raise LLMPruneError(f"This {type(model).__name__} is packed already: disable_sparse24(model) first.")
     try:
         report = convert_model(model, skip=skip, min_inputs=min_inputs, strict=strict, keep_dense=keep_dense)
     except ValueError as error:
@@ -53,12 +58,19 @@ def enable_sparse24(
         reasons = Counter(row.reason for row in report).most_common(1)
         why = f"most often because {reasons[0][0]}" if reasons else "since it has none"
         raise LLMPruneError(f"No linear of this model could be packed 2:4, {why.rstrip('.;')}: run it as it is.")
+    if hasattr(model, SAVE):
+        setattr(model, SAVE, _refuse_to_save)
     return report
 
 
 def disable_sparse24(model: nn.Module) -> None:
     """Make a packed model dense again; any other stays as it is."""
     restore_model(model)
+    model.__dict__.pop(SAVE, None)
+
+
+def _refuse_to_save(*args: object, **options: object) -> None:
+    raise LLMPruneError("A packed model cannot be saved as transformers saves one: disable_sparse24(model) first.")
 
 
 def describe(report: Sequence[Conversion]) -> str:

@@ -358,6 +358,21 @@ def test_strict_conversion_names_the_linear_and_the_group_and_changes_nothing():
 
 
 @needs_kernel
+def test_a_packed_model_is_neither_packed_again_nor_saved(tmp_path):
+    model = llama()
+    enable_sparse24(model, min_inputs=16)
+    with pytest.raises(LLMPruneError, match=r"LlamaForCausalLM is packed already: disable_sparse24\(model\) first"):
+        enable_sparse24(model, min_inputs=16)
+    with pytest.raises(LLMPruneError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    disable_sparse24(model)
+    model.save_pretrained(tmp_path / "dense")
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
+
+
+@needs_kernel
 def test_a_linear_whose_dense_product_was_faster_stays_dense():
     model = llama(num_hidden_layers=1)
     kernel.record(CPU, {(torch.float32, "vector", (96, 64), 1): {"dense": 1.0, "cpp": 2.0}})
