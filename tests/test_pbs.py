@@ -1,6 +1,7 @@
 """Block-sparse attention in models: exact at a threshold of one, and plain sdpa wherever the method is not for it."""
 
 import copy
+import warnings
 
 import pytest
 import tiny
@@ -133,6 +134,16 @@ def test_soft_capped_scores_run_on_the_models_own_attention():
         assert torch.equal(logits[:, 5:], run(eager, ids(), attention_mask=given)[:, 5:])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(named.generate(ids(), **options), eager.generate(ids(), **options))
+
+
+def test_a_forward_whose_gradients_are_recorded_says_once_that_it_is_dense(model):
+    expected = run(model, ids())
+    enable_pbs(model, threshold=0.3, **SMALL)
+    with pytest.warns(UserWarning, match=r"call the model under torch\.no_grad\(\)"):
+        logits = model(ids()).logits
+    assert close(logits, expected)
+    with warnings.catch_warnings(action="error"):
+        model(ids())
 
 
 def test_short_prompts_and_skipped_layers_keep_full_attention(model):

@@ -10,7 +10,8 @@
 
 The method (kernels/pbs_attention.py, arXiv 2510.21270) is for whole prompts under plain causal attention. Everything else, and
 prompts so short that choosing blocks takes longer than it saves, runs on transformers' sdpa attention with the same arguments;
-soft-capped scores and attention sinks, which sdpa does not know, on the model's own eager attention.
+soft-capped scores and attention sinks, which sdpa does not know, on the model's own eager attention. A forward whose gradients
+are recorded runs on sdpa, too, with a warning: call the model under `torch.no_grad()`, as `generate` does.
 
 `from_pretrained(..., attn_implementation="llmprune_pbs")` is `enable_pbs(model)` without a handle, once llmprune is imported.
 """
@@ -18,6 +19,7 @@ soft-capped scores and attention sinks, which sdpa does not know, on the model's
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +54,9 @@ UNLIKE = {
     "block_indices": "blocks of the model's own choice",
     "cache": "paged cache",
 }
-# Of these, those that sdpa leaves out of account or refuses.
+# An obstacle of its own, because it goes away under `torch.no_grad()`.
+TRAINING = "training"
+# Of the above, those that sdpa leaves out of account or refuses.
 EAGER = ("softcap", "s_aux", "sinks")
 
 
@@ -156,6 +160,13 @@ def attention(
         return handle.attend(module, query, key, value, scaling), None
     if handle.collected:
         handle.collected.fallbacks[obstacle] += 1
+    if obstacle == TRAINING and not module.training and not handle.warned:
+        handle.warned = True
+        warnings.warn(
+            "A prompt ran on full attention because its gradients are recorded: call the model under torch.no_grad() to read "
+            "it with PBS.",
+            stacklevel=2,
+        )
     if any(options.get(name) is not None for name in EAGER):
         return _eager(module, query, key, value, attention_mask, dropout, scaling, options)
     sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
@@ -179,6 +190,7 @@ class PBS:
     backend: str = "auto"
     before: dict[str, str] = field(default_factory=dict)
     collected: Collected | None = None
+    warned: bool = field(default=False, repr=False)
 
     @contextmanager
     def collecting(self, head: tuple[int, int] | None = None) -> Iterator[Collected]:
@@ -214,7 +226,7 @@ class PBS:
             "part of a prompt": mask is not None and tokens != keys,
             "padding or another mask": mask is not None,
             "not causal": not (getattr(module, "is_causal", True) if causal is None else causal),
-            "training": dropout > 0 or module.training or (torch.is_grad_enabled() and query.requires_grad),
+            TRAINING: dropout > 0 or module.training or (torch.is_grad_enabled() and query.requires_grad),
             "compilation": torch.compiler.is_compiling() or torch.jit.is_tracing(),
             "short prompt": tokens <= self.rule.segment or tokens < self.min_length,
             "skipped layer": getattr(module, "layer_idx", None) in self.skip_layers,
