@@ -64,6 +64,8 @@ class Mixture:
         count, most = removed_count(self.experts, share), self.experts - self.fewest * self.groups
         if at_least and not math.isclose(count, self.experts * share, abs_tol=1e-6):
             count += 1
+        # The sparsities below are shares of the experts.
+        alone = " and without --of and --target-params" if at_least else ""
         if share and not count:
             raise LLMPruneError(
                 f"A share of {share:g} is less than one of {self.experts} experts: give --sparsity {self._share(self.groups)}."
@@ -71,13 +73,13 @@ class Mixture:
         if count > most:
             raise LLMPruneError(
                 f"{count} of {self.experts} experts are to go, and the router needs {self.fewest * self.groups} for the "
-                f"{self.top} experts of a token: at most {most} can, --sparsity {self._share(most)}."
+                f"{self.top} experts of a token: at most {most} can, --sparsity {self._share(most)}{alone}."
             )
         if count % self.groups:
             raise LLMPruneError(
                 f"{count} of {self.experts} experts cannot go equally from the {self.groups} groups that the router chooses "
                 f"among: remove a multiple of {self.groups}, for example with --sparsity "
-                f"{self._share(-(-count // self.groups) * self.groups)}."
+                f"{self._share(-(-count // self.groups) * self.groups)}{alone}."
             )
         return replace(self, experts=self.experts - count)
 

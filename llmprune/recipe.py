@@ -324,11 +324,12 @@ class Recipe(BaseModel):
                         f"({', '.join(STRUCTURED)}), not for {self.method}: leave it out."
                     )
             return
+        whole = "experts" if self.method == "reap" else "channels or heads"
         for name in WEIGHTWISE:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise LLMPruneError(
                     f"--{name} {getattr(self, name)} is about single weights, and --method {self.method} removes whole "
-                    "channels or heads: leave it out."
+                    f"{whole}: leave it out."
                 )
         if self.plan is not None and (self.sparsity is not None or self.target_params is not None):
             raise LLMPruneError(f"--plan {self.plan} says how much to remove: leave --sparsity and --target-params out.")

@@ -80,6 +80,8 @@ def use_of(record: Record) -> str:
             f"Stored without loss as {record.storage.format}, in {record.storage.share:.2f} of the bytes on disk; in memory it "
             f"is as large and as fast as before. It {loads}."
         )
+    if record.method == "reap" and not record.kept:
+        return f"No expert was removed: as large and as fast as before; {loads}."
     if record.method == "reap":
         return (
             "Fewer experts: smaller on disk and in memory, with no special kernel; a token still goes through as many, so it "

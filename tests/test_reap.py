@@ -243,6 +243,14 @@ def test_the_result_is_verified_reported_measured_and_pruned_again(models, tmp_p
     assert verify(tmp_path / "wanda") == []
 
 
+def test_where_nothing_was_removed_nothing_is_said_to_be_smaller(models, tmp_path):
+    record = prune(models("mixtral"), tmp_path / "out", sparsity=0.0).record
+    assert record["kept"] == {}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "No expert was removed" in card
+    assert "smaller on disk" not in card
+
+
 def test_what_does_not_agree_with_the_plan_is_named(models, tmp_path):
     def edited(name, file, edit):
         folder = shutil.copytree(models("mixtral", pruned=True), tmp_path / name)
@@ -350,6 +358,8 @@ def test_a_plan_of_the_cost_counts_what_is_left(models):
         ("mixtral", ["--sparsity=0.1"], "less than one of 6 experts: give --sparsity 0.1667"),
         ("deepseek_v3", ["--sparsity=0.4"], "cannot go equally from the 2 groups"),
         ("deepseek_v3", ["--sparsity=0.7"], "at most 4 can, --sparsity 0.5"),
+        ("mixtral", ["--sparsity=0.65", "--of=model"], "--sparsity 0.6667 and without --of and --target-params"),
+        ("mixtral", ["--pattern=2:4"], "removes whole experts"),
         ("mixtral", ["--metric=act"], "--metric act is none of --method reap's"),
         ("mixtral", ["--method=cfsp", "--metric=frequency"], "--metric frequency is none of --method cfsp's"),
         ("mixtral", ["--format=padded"], "--format padded has no effect with --method reap"),
