@@ -11,6 +11,7 @@ division, so that turning back what llmprune wrote gives every shard byte by byt
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,11 @@ def _fits(checkpoint: Checkpoint, wanted: Format | None, advance: Callable[[str]
         raise LLMPruneError(f"{checkpoint.directory} holds no matrix of floating point numbers: there is nothing to pack.")
     # An embedding is far from 2:4 and comes first in most files; what is nearest was meant to be.
     name, fit = min(fits.items(), key=lambda item: item[1].excess)
+    if wanted == "packed24" and fit.excess == math.inf:
+        raise LLMPruneError(
+            f"No matrix in {checkpoint.directory} is 2:4 sparse with a multiple of 16 inputs: {name}, for one, {fit.reason}; "
+            "use --format bitmask, which takes any zeros."
+        )
     if wanted == "packed24":
         raise LLMPruneError(
             f"No matrix in {checkpoint.directory} is 2:4 sparse: {name}, the nearest to it, {fit.reason}; prune with --pattern "

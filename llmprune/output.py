@@ -581,7 +581,7 @@ def check_directory(directory: Path, source: Path, *, overwrite: bool) -> None:
     """
     if directory.resolve() == source.resolve():
         raise LLMPruneError(
-            f"--output {directory} is the input model itself: give another directory, pruning never overwrites its source."
+            f"--output {directory} is the input model itself: give another directory, llmprune never overwrites a source."
         )
     parent = existing_parent(directory)
     if parent == directory and not directory.is_dir():

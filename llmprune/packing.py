@@ -22,6 +22,7 @@ Per weight of 16 bits, packed24 takes 9 (0.5625 of the bytes), bitmask 1 + 16 (1
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,12 +80,13 @@ class Fit:
     Attributes:
         parts: what is stored, values and places; None if the matrix stays as it is.
         reason: why it does.
-        excess: of what is no packed24 the share of groups with more than two nonzeros; 1 where groups do not come into it.
+        excess: of what is no packed24 the share of groups with more than two nonzeros; infinite where groups are not what
+            is wrong.
     """
 
     parts: tuple[Part, Part] | None
     reason: str = ""
-    excess: float = 1.0
+    excess: float = math.inf
 
 
 def parts(format: Format, shape: tuple[int, ...], dtype: torch.dtype, kept: int) -> tuple[Part, Part]:

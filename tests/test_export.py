@@ -225,6 +225,13 @@ def test_what_cannot_be_stored_so_is_refused_in_one_sentence(pruned: Path, packe
         assert not (tmp_path / "out").exists()
 
 
+def test_2_of_4_with_other_than_multiples_of_16_inputs_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a.weight": torch.tensor([[1.0, 0.0, 2.0, 0.0]]).repeat(8, 9)}, tmp_path / "model.safetensors")
+    said = sentence(cli("export", tmp_path, "--format", "packed24", "--output", tmp_path / "out"))
+    assert "a.weight, for one, has 36 inputs, no multiple of 16; use --format bitmask" in said
+
+
 def test_the_matrix_that_is_nearest_to_2_of_4_is_named_by_its_first_full_group(tmp_path: Path) -> None:
     near = torch.zeros(8, 32)
     near[3, 8:11] = near[5, :4] = 1.0
